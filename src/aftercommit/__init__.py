@@ -1,0 +1,1 @@
+"""Background work for FastAPI and SQLAlchemy that starts after the commit."""
