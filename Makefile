@@ -1,0 +1,58 @@
+# The two commands of a newcomer, `make demo` and `make test`, need Python >= 3.11 and make; the rest they bring.
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+READY := $(VENV)/.ready
+PROJECTS := $(wildcard pyproject.toml checker/pyproject.toml)
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test hazards bench lint format types chromium clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+demo: $(READY) ## Run the demo: upload a CSV of orders, watch it being processed
+	$(PY) examples/orders/main.py $(ARGS)
+
+test: $(READY) chromium ## Run all tests (ARGS="-k name" for some)
+	$(PY) -m pytest $(ARGS)
+
+hazards: $(READY) ## Show what people write today, and the same with aftercommit
+	$(PY) -m hazards $(ARGS)
+
+bench: $(READY) ## Measure what a request with one task costs, beside the hand-written one
+	$(PY) -m benchmarks.overhead $(ARGS)
+
+lint: $(READY) ## Check style and layout
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+format: $(READY) ## Put the layout right
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+types: $(READY) ## Check types, with mypy and pyright
+	$(VENV)/bin/mypy --strict src
+	$(VENV)/bin/pyright src
+
+chromium: $(READY)
+	@$(PY) -m tests.support.chromium
+
+clean: ## Remove the virtual environment and all caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+# Every extra and every group, so that no test is left out. Groups need pip 25.1, hence its upgrade.
+# The stamp comes last: a set-up that was interrupted is done again.
+$(READY): $(PROJECTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "aftercommit needs Python 3.11 or later; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo 'Python came without venv. On Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
+	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@$(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+		print("--editable\n.[" + ",".join(p["project"]["optional-dependencies"]) + "]"); \
+		[print("--group\n" + g) for g in p["dependency-groups"]]' > $(VENV)/.wanted
+	xargs $(PY) -m pip install --quiet < $(VENV)/.wanted
+	@for checker in $(filter checker/%,$(PROJECTS)); do $(PY) -m pip install --quiet --editable $${checker%/*}; done
+	@touch $@
