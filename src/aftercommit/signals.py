@@ -1,0 +1,244 @@
+"""What the library says while it works: frozen payloads, and one place to subscribe.
+
+Subscribers are plain functions. They are called where the thing happens: on the event loop, on a task's thread, or
+on the bookkeeping thread; they must be quick and must not block. One that raises is logged and harms nobody.
+
+```python
+from aftercommit import signals
+
+@signals.subscribe(signals.TaskFailed)
+def page_someone(signal: signals.TaskFailed) -> None: ...
+```
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from uuid import UUID
+
+__all__ = [
+    "LoopBlocked",
+    "RunSignal",
+    "Signal",
+    "TaskFailed",
+    "TaskGivenBack",
+    "TaskRetried",
+    "TaskStarted",
+    "TaskSucceeded",
+    "TasksHandedOver",
+    "TasksLost",
+    "TasksRescued",
+    "WorkerStarted",
+    "WorkerStopped",
+    "emit",
+    "subscribe",
+    "unsubscribe",
+]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Signal:
+    """Base of all payloads."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TasksHandedOver(Signal):
+    """Tasks of one transaction were committed.
+
+    Attributes:
+        tasks: Their names.
+        ids: Their ids, in the same order.
+    """
+
+    tasks: tuple[str, ...]
+    ids: tuple[UUID, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TasksLost(Signal):
+    """Tasks were waiting in a session that closed without a commit; they will never run.
+
+    Attributes:
+        tasks: Their names.
+        lines: Where each was handed over, as ``"file:line in function"``.
+    """
+
+    tasks: tuple[str, ...]
+    lines: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunSignal(Signal):
+    """A step in the life of one run.
+
+    Attributes:
+        task: The task's name.
+        id: The id of its record.
+        pool: The pool it runs in.
+        attempt: 1 for the first.
+    """
+
+    task: str
+    id: UUID
+    pool: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskStarted(RunSignal):
+    """A run began.
+
+    Attributes:
+        waited: Seconds since it was due, by this machine's clock; 0.0 where unknown.
+    """
+
+    waited: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskSucceeded(RunSignal):
+    """A run's own commit is done.
+
+    Attributes:
+        seconds: From start to commit.
+        repeats: How often the run was repeated after conflicts.
+    """
+
+    seconds: float
+    repeats: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskRetried(RunSignal):
+    """A run failed in a way that may pass, and will be made again.
+
+    Attributes:
+        error: The exception.
+        delay: Seconds until it is tried again; 0.0 for at once.
+        in_place: Whether this worker repeats it itself, without giving the record back.
+    """
+
+    error: BaseException
+    delay: float
+    in_place: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskFailed(RunSignal):
+    """A run failed for good; the record says so.
+
+    Attributes:
+        error: The exception.
+        seconds: From start to failure.
+    """
+
+    error: BaseException
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskGivenBack(RunSignal):
+    """A run was interrupted by an orderly stop and its record is queued again.
+
+    Attributes:
+        reason: Why, in words.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TasksRescued(Signal):
+    """Tasks of silent workers were given to others.
+
+    Attributes:
+        requeued: Ids that are queued again.
+        failed: Ids that died as often as they may be tried, and failed.
+    """
+
+    requeued: tuple[UUID, ...]
+    failed: tuple[UUID, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStarted(Signal):
+    """A runner started in this process.
+
+    Attributes:
+        worker: Its id.
+        pools: The pools it runs.
+    """
+
+    worker: UUID
+    pools: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerStopped(Signal):
+    """A runner stopped in order.
+
+    Attributes:
+        worker: Its id.
+        given_back: How many runs were interrupted and queued again.
+    """
+
+    worker: UUID
+    given_back: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopBlocked(Signal):
+    """The event loop has not turned for a while: something computes, or waits, without ``await``.
+
+    Attributes:
+        seconds: How long so far.
+        tasks: Names of the async tasks running on it.
+    """
+
+    seconds: float
+    tasks: tuple[str, ...]
+
+
+S = TypeVar("S", bound=Signal)
+
+_lock = threading.Lock()
+_subscribers: defaultdict[type[Signal], tuple[Callable[[Any], None], ...]] = defaultdict(tuple)
+
+
+def subscribe(*kinds: type[S]) -> Callable[[Callable[[S], None]], Callable[[S], None]]:
+    """Return a decorator that has a function called with every signal of *kinds* (subclasses included)."""
+
+    def register(function: Callable[[S], None]) -> Callable[[S], None]:
+        with _lock:
+            for kind in kinds:
+                _subscribers[kind] = (*_subscribers[kind], function)
+        return function
+
+    return register
+
+
+def unsubscribe(function: Callable[[Any], None]) -> None:
+    """Forget *function* for every kind of signal; harmless where it is not subscribed."""
+    with _lock:
+        for kind, functions in list(_subscribers.items()):
+            _subscribers[kind] = tuple(each for each in functions if each is not function)
+
+
+def emit(signal: Signal) -> None:
+    """Call every subscriber of the signal's class and of its base classes; what one raises is logged."""
+    for kind in type(signal).__mro__[:-1]:
+        for function in _subscribers.get(kind, ()):
+            try:
+                function(signal)
+            except Exception:
+                # The work that is being reported must not fail because somebody's counter did.
+                logger.exception("A subscriber of %s raised: %r", type(signal).__name__, function)
