@@ -1,0 +1,288 @@
+"""Which errors pass by themselves: what a database error means for the run that met it.
+
+Errors are told apart by SQLSTATE, by SQLite's names of its codes and by the class names of the drivers, never by
+importing a driver and, but for one line of asyncpg's, never by their text: servers speak the administrator's
+language.
+
+Which exceptions are looked at, and why:
+
+- The error itself, and what SQLAlchemy (``orig``) and its async adapters (``__cause__``) wrapped in it.
+- What it was raised *from*, link by link: ``raise Mine() from error`` says what the cause was.
+- What was merely being handled (``__context__``) only below errors that mean nothing by themselves: "this
+  transaction was aborted earlier". Elsewhere it proves nothing. A function called again in an ``except`` block
+  carries the error of the last time as its context, and would be repeated for it for ever.
+- A group of exceptions is what all its members agree upon.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import exc
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from types import TracebackType
+
+__all__ = ["Fault", "describe", "fault_of", "is_disconnect"]
+
+
+class Fault(enum.Enum):
+    """What an error means for the run that met it."""
+
+    CONFLICT = "conflict"
+    """Another transaction was in the way: 40001, 40P01, 55P03, SQLite busy or locked. Not an attempt."""
+
+    CONNECTION = "connection"
+    """The database cannot be reached, or lacks something for now: lost and refused connections, 57P01 to 57P03,
+    classes 08 and 53, the pool's timeout; SQLite: a disk that is full or fails. An attempt."""
+
+    STALE = "stale"
+    """The connection is of no use any more, though it lives: 25006 (a primary no longer), 26000 and 0A000
+    (prepared before a migration), an SQLite file opened read-only. Drop it and run again, once."""
+
+    IDLE = "idle"
+    """Killed for being idle or open too long: 25P03, 25P04, 57P05. An attempt. Seen as ``CONNECTION`` where the
+    driver does not tell: asyncpg, mostly."""
+
+    UNIQUE = "unique"
+    """A row is there already: 23505, 23P01, SQLite's unique and primary keys. Deserves a few tries: two runs that
+    both create a missing row race at any isolation below SERIALIZABLE, and the next try sees the row."""
+
+    PERMANENT = "permanent"
+    """Every other database error: wrong data, missing tables, cancelled statements, statement timeouts."""
+
+    APPLICATION = "application"
+    """Not a database error."""
+
+
+def fault_of(error: BaseException) -> Fault:
+    """Return what *error* means for the run that raised it.
+
+    An error of the application that was raised from a database error which may pass is seen as that one; from one
+    which cannot pass, it stays the application's.
+    """
+    return _verdict(error).fault
+
+
+def is_disconnect(error: BaseException) -> bool:
+    """Tell whether the connection that met *error* must be dropped, not given back to its pool.
+
+    Also true where the connection lives but is of no use (``Fault.STALE``), and for connections that are dropped
+    already.
+    """
+    return _verdict(error).drop
+
+
+def describe(error: BaseException) -> str:
+    """Return *error* for a line in a log, by the driver's class and code: ``DeadlockDetected (40P01)``.
+
+    The message is left out: "Key (email)=(…) already exists" holds a bound value.
+    """
+    link = _verdict(error).link
+    unit = _unit(link)
+    code = _code(unit)
+    text = type(unit[-1]).__name__ + (f" ({code})" if code else "")
+    return text if link is error else f"{type(error).__name__} from {text}"
+
+
+# --- the tables -------------------------------------------------------------------------------------------------
+
+_SQLSTATES: Final = {
+    "40001": Fault.CONFLICT,  # serialization failure
+    "40P01": Fault.CONFLICT,  # deadlock
+    "55P03": Fault.CONFLICT,  # lock_timeout, NOWAIT
+    "57P01": Fault.CONNECTION,  # terminated by an administrator, or by a shutdown
+    "57P02": Fault.CONNECTION,  # crash of another backend
+    "57P03": Fault.CONNECTION,  # starting up, or in recovery
+    "25006": Fault.STALE,  # after a failover a demoted primary still answers SELECT 1
+    "26000": Fault.STALE,  # prepared statement does not exist
+    "0A000": Fault.STALE,  # "cached plan must not change result type"
+    "25P03": Fault.IDLE,  # idle_in_transaction_session_timeout
+    "25P04": Fault.IDLE,  # transaction_timeout
+    "57P05": Fault.IDLE,  # idle_session_timeout
+    "23505": Fault.UNIQUE,  # PostgreSQL's manual, 13.5, names this one …
+    "23P01": Fault.UNIQUE,  # … and exclusion constraints, which race in the same way
+    "57014": Fault.PERMANENT,  # cancelled, statement_timeout
+}
+_SQLSTATE_CLASSES: Final = {
+    "08": Fault.CONNECTION,
+    "53": Fault.CONNECTION,  # disk full, out of memory, too many connections
+    "22": Fault.PERMANENT,
+    "23": Fault.PERMANENT,
+    "42": Fault.PERMANENT,
+}
+_ABORTED: Final = "25P02"
+"""An earlier error aborted the transaction, and somebody went on: says nothing by itself."""
+
+# By the beginning of the name: SQLITE_BUSY_SNAPSHOT is a kind of SQLITE_BUSY. The first that fits counts.
+_SQLITE_NAMES: Final = {
+    "SQLITE_BUSY": Fault.CONFLICT,
+    "SQLITE_LOCKED": Fault.CONFLICT,
+    "SQLITE_PROTOCOL": Fault.CONFLICT,  # lost the race to begin in WAL mode, for seconds on end
+    "SQLITE_FULL": Fault.CONNECTION,  # what 53100 is on PostgreSQL
+    "SQLITE_IOERR": Fault.CONNECTION,
+    "SQLITE_CANTOPEN": Fault.CONNECTION,  # what a refused connection is on PostgreSQL
+    "SQLITE_READONLY": Fault.STALE,  # the file was moved or replaced, or was not ours when it was opened
+    "SQLITE_CONSTRAINT_UNIQUE": Fault.UNIQUE,
+    "SQLITE_CONSTRAINT_PRIMARYKEY": Fault.UNIQUE,
+    "SQLITE_CONSTRAINT_ROWID": Fault.UNIQUE,
+}
+
+_DRIVERS: Final = frozenset({"psycopg", "asyncpg", "sqlite3"})
+_INTERFACE_ERRORS: Final = frozenset({("asyncpg", "InterfaceError"), ("sqlalchemy", "InterfaceError")})
+
+
+# --- the verdict ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Verdict:
+    """What an error means.
+
+    Attributes:
+        fault: The meaning.
+        drop: Whether the connection must be dropped.
+        link: The exception of the chain that decided.
+    """
+
+    fault: Fault
+    drop: bool
+    link: BaseException
+
+
+def _verdict(error: BaseException) -> _Verdict:
+    verdict = _Verdict(fault=Fault.APPLICATION, drop=False, link=error)
+    for link in _chain(error):
+        found = _own(link)
+        if found is None:
+            continue
+        if found.fault is not Fault.PERMANENT:
+            return found
+        if link is error:
+            verdict = found
+        if not _is_aftermath(link):
+            break
+    return verdict
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """*error* and what it was raised from; for an aborted transaction also what was being handled."""
+    waiting: list[BaseException | None] = [error]
+    seen: set[int] = set()
+    while waiting:
+        link = waiting.pop(0)
+        if link is None or id(link) in seen:
+            continue
+        seen.add(id(link))
+        yield link
+        if isinstance(link, exc.StatementError):
+            waiting.append(link.orig)  # the cause, too, as a rule; but an error that was pickled has no cause
+        waiting.append(link.__cause__)
+        if _is_aftermath(link):
+            waiting.append(link.__context__)
+
+
+def _is_aftermath(link: BaseException) -> bool:
+    return isinstance(link, exc.PendingRollbackError) or _code(_unit(link)) == _ABORTED
+
+
+def _own(link: BaseException) -> _Verdict | None:
+    """What *link* means by itself; None if it says nothing about the database."""
+    unit = _unit(link)
+    if isinstance(link, exc.DBAPIError) or _is_drivers(link):
+        return _database(link, unit)
+    if isinstance(link, exc.TimeoutError):  # the pool's: no connection was given
+        return _Verdict(fault=Fault.CONNECTION, drop=False, link=link)
+    if isinstance(link, exc.PendingRollbackError):
+        lost = link.code == "8s2b"  # the connection was lost; "7s2a": a flush failed
+        return _Verdict(fault=Fault.CONNECTION if lost else Fault.PERMANENT, drop=lost, link=link)
+    if isinstance(link, OSError):
+        return _network(link)
+    return _group(link) if isinstance(link, BaseExceptionGroup) else None
+
+
+def _database(link: BaseException, unit: list[BaseException]) -> _Verdict:
+    code = _code(unit)
+    invalidated = isinstance(link, exc.DBAPIError) and link.connection_invalidated
+    fault = _fault_of_code(code) if code else None
+    if fault is None:
+        fault = Fault.CONNECTION if invalidated or any(map(_is_lost, unit)) else Fault.PERMANENT
+    # Class 53 and a full disk say that the server lacks something: the connection is as good as before.
+    lost = fault is Fault.CONNECTION and not (code or "").startswith(("53", "SQLITE_FULL"))
+    return _Verdict(fault=fault, drop=invalidated or lost or fault in {Fault.STALE, Fault.IDLE}, link=link)
+
+
+def _network(link: OSError) -> _Verdict | None:
+    """An OSError is the database's if asyncpg met it, which raises it bare; else it is the application's own."""
+    modules = set(_modules(link.__traceback__))
+    if not any(module.partition(".")[0] == "asyncpg" for module in modules):
+        return None
+    # asyncpg's `command_timeout`, which is what 57014 is on the server, and its `timeout` of connecting are told
+    # apart by the place alone.
+    permanent = isinstance(link, TimeoutError) and "asyncpg.connect_utils" not in modules
+    return _Verdict(fault=Fault.PERMANENT if permanent else Fault.CONNECTION, drop=True, link=link)
+
+
+def _group(group: BaseExceptionGroup[BaseException]) -> _Verdict | None:
+    verdicts = [_verdict(member) for member in group.exceptions]
+    faults = {verdict.fault for verdict in verdicts}
+    if len(faults) > 1 or Fault.APPLICATION in faults:
+        return None
+    return _Verdict(fault=faults.pop(), drop=any(verdict.drop for verdict in verdicts), link=verdicts[0].link)
+
+
+# --- reading drivers' errors ------------------------------------------------------------------------------------
+
+
+def _unit(link: BaseException) -> list[BaseException]:
+    """One error in its wrappings, outermost first: SQLAlchemy's, its async adapter's, the driver's own."""
+    unit = [link]
+    if isinstance(link, exc.DBAPIError) and link.orig is not None:
+        unit.append(link.orig)
+    # The adapter loses the code of 0A000 (SQLAlchemy 2.0 and 2.1, InvalidCachedStatementError).
+    cause = unit[-1].__cause__
+    if cause is not None and _is_drivers(unit[-1]) and _is_drivers(cause):
+        unit.append(cause)
+    return unit
+
+
+def _code(unit: list[BaseException]) -> str | None:
+    """The SQLSTATE, or SQLite's name of the code."""
+    for error in unit:
+        for name in ("sqlstate", "sqlite_errorname"):
+            code = getattr(error, name, None)
+            if isinstance(code, str):
+                return code
+    return None
+
+
+def _fault_of_code(code: str) -> Fault | None:
+    if code.startswith("SQLITE_"):
+        return next((fault for name, fault in _SQLITE_NAMES.items() if code.startswith(name)), None)
+    return _SQLSTATES.get(code) or _SQLSTATE_CLASSES.get(code[:2])
+
+
+def _is_drivers(error: BaseException) -> bool:
+    return any(
+        module.partition(".")[0] in _DRIVERS or module.startswith("sqlalchemy.dialects.")
+        for module in (kind.__module__ for kind in type(error).__mro__)
+    )
+
+
+def _is_lost(error: BaseException) -> bool:
+    """Whether an error without a code says that there is no connection."""
+    names = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
+    if ("psycopg", "OperationalError") in names:
+        return True  # libpq gives no code when it cannot connect, or is cut off
+    if ("asyncpg", "TargetServerAttributeNotMatched") in names:
+        return True  # several hosts, none of them primary: in the middle of a failover
+    return bool(names & _INTERFACE_ERRORS) and "connection is closed" in str(error)
+
+
+def _modules(traceback: TracebackType | None) -> Iterator[str]:
+    while traceback is not None:
+        yield str(traceback.tb_frame.f_globals.get("__name__", ""))
+        traceback = traceback.tb_next
