@@ -56,6 +56,12 @@ class PostgresServer:
         self._admin.close()
         self._stop()
 
+    @property
+    def version(self) -> str:
+        """The server's version, such as "18.4"."""
+        number = self._admin.info.server_version
+        return f"{number // 10000}.{number % 10000}"
+
     def url(self, database: str, *, driver: str | None = "psycopg") -> str:
         """Return the URL of *database* for SQLAlchemy's *driver*, or for libpq if that is None."""
         scheme = f"postgresql+{driver}" if driver else "postgresql"
