@@ -1,0 +1,248 @@
+"""A pool for each kind of work: an engine, and its async twin, opened on first use."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import URL, NullPool, create_engine, event
+from sqlalchemy.exc import InvalidatePoolError
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from aftercommit.errors import ConfigurationError
+from aftercommit.pools import sqlite
+from aftercommit.pools.settings import PoolSettings
+from aftercommit.pools.urls import Flavour, Flavours, check_options, flavours, is_sqlite
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Mapping
+
+    from sqlalchemy import Engine
+
+__all__ = ["BOOKKEEPING", "REQUEST", "Pool", "Pools"]
+
+REQUEST: Final = "request"
+BOOKKEEPING: Final = "aftercommit"
+"""The library's own small pool: heartbeats, claims and rescues never wait for anybody's work."""
+
+_IDLE_ENOUGH_TO_PING: Final = 1.0
+
+
+class Pool:
+    """The connections of one kind of work: one engine per flavour, opened on first use, shared by all threads."""
+
+    def __init__(self, name: str, settings: PoolSettings, owner: Pools) -> None:
+        self.name = name
+        self.settings = settings
+        self._owner = owner
+        self._lock = threading.Lock()
+        self._engine: Engine | None = None
+        self._async_engine: AsyncEngine | None = None
+
+    def __repr__(self) -> str:
+        """Name and settings."""
+        return f"Pool({self.name!r}, {self.settings!r})"
+
+    @property
+    def engine(self) -> Engine:
+        """The engine, opened now if it was not.
+
+        Raises:
+            ConfigurationError: If the URL's driver serves async sessions only.
+        """
+        if self._engine is None:
+            with self._lock:
+                if self._engine is None:
+                    engine = create_engine(self._owner.flavours.url("sync"), **self._options("sync"))
+                    self._owner.set_up(engine, self.settings)
+                    self._engine = engine
+        return self._engine
+
+    @property
+    def async_engine(self) -> AsyncEngine:
+        """The async engine, opened now if it was not.
+
+        Raises:
+            ConfigurationError: If the URL's driver serves sync sessions only.
+        """
+        if self._async_engine is None:
+            with self._lock:
+                if self._async_engine is None:
+                    engine = create_async_engine(self._owner.flavours.url("async"), **self._options("async"))
+                    self._owner.set_up(engine.sync_engine, self.settings)
+                    self._async_engine = engine
+        return self._async_engine
+
+    @property
+    def opened(self) -> Iterator[Engine]:
+        """The engines that were opened, the async one by its sync side."""
+        if self._engine is not None:
+            yield self._engine
+        if self._async_engine is not None:
+            yield self._async_engine.sync_engine
+
+    def dispose(self) -> None:
+        """Close the idle connections of the sync flavour; those in use close when they come back."""
+        with self._lock:
+            engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.dispose()
+
+    async def async_dispose(self) -> None:
+        """Close the idle connections of both flavours."""
+        with self._lock:
+            engine, self._async_engine = self._async_engine, None
+        if engine is not None:
+            await engine.dispose()
+        self.dispose()
+
+    def _options(self, flavour: Flavour) -> dict[str, Any]:
+        """What ``create_engine`` is given: the user's options over ours."""
+        given = self._owner.options(flavour)
+        options: dict[str, Any] = {"hide_parameters": True, **given}
+        if given.get("poolclass") is not NullPool:
+            options |= {
+                "pool_size": self.settings.pool_size,
+                "max_overflow": self.settings.max_overflow,
+                "pool_timeout": self.settings.pool_timeout,
+                "pool_recycle": self.settings.pool_recycle,
+            }
+        url = self._owner.flavours.url(flavour)
+        options["connect_args"] = self._connect_args(url, given.get("connect_args") or {})
+        return options
+
+    def _connect_args(self, url: URL, given: Mapping[str, Any]) -> dict[str, Any]:
+        arguments = dict(given)
+        if is_sqlite(url):
+            # The driver's own transactions are off: aftercommit.pools.sqlite begins them.
+            return {"timeout": sqlite.BUSY_TIMEOUT, **arguments, "isolation_level": None}
+        label = f"aftercommit:{self.name}"
+        if "application_name" in url.query:
+            return arguments
+        if url.get_driver_name() == "asyncpg":
+            arguments["server_settings"] = {"application_name": label, **arguments.get("server_settings", {})}
+        else:
+            arguments.setdefault("application_name", label)
+        return arguments
+
+
+class Pools:
+    """All pools of one database, and the URL they share.
+
+    Args:
+        url: A URL, or a callable that returns one and is called once, when the first engine opens.
+        settings: Per name of a pool.
+        engine_options: For ``create_engine``.
+        async_engine_options: For ``create_async_engine``.
+        set_up: Called with each engine as it is made.
+    """
+
+    def __init__(
+        self,
+        url: str | URL | Callable[[], str | URL],
+        settings: Mapping[str, PoolSettings],
+        *,
+        engine_options: Mapping[str, Any],
+        async_engine_options: Mapping[str, Any],
+        set_up: Callable[[Engine], None],
+    ) -> None:
+        self._url = url
+        self._lock = threading.Lock()
+        self._flavours: Flavours | None = None
+        self._options: dict[Flavour, Mapping[str, Any]] = {"sync": engine_options, "async": async_engine_options}
+        self._set_up = set_up
+        if not callable(url):
+            self._flavours = flavours(url)
+        for flavour in ("sync", "async"):
+            known = self._flavours
+            target = None if known is None else known.sync if flavour == "sync" else known.asynchronous
+            check_options(flavour, self._options[flavour], target)
+        self._pools = {name: Pool(name, each, self) for name, each in settings.items()}
+
+    def __getitem__(self, name: str) -> Pool:
+        """The pool called *name*.
+
+        Raises:
+            ConfigurationError: If there is none, naming those there are.
+        """
+        try:
+            return self._pools[name]
+        except KeyError:
+            raise ConfigurationError(
+                f"There is no pool {name!r}; this database has {', '.join(sorted(self.names))}. "
+                f"Write Database(…, pools={{{name!r}: PoolSettings()}})."
+            ) from None
+
+    @property
+    def names(self) -> list[str]:
+        """The pools a user named, "request" and "default" among them."""
+        return [name for name in self._pools if name != BOOKKEEPING]
+
+    @property
+    def flavours(self) -> Flavours:
+        """What the URL serves; a callable URL is called now, once."""
+        if self._flavours is None:
+            with self._lock:
+                if self._flavours is None:
+                    found = flavours(self._url() if callable(self._url) else self._url)
+                    for flavour in ("sync", "async"):
+                        check_options(
+                            flavour, self._options[flavour], found.sync if flavour == "sync" else found.asynchronous
+                        )
+                    self._flavours = found
+        return self._flavours
+
+    @property
+    def is_sqlite(self) -> bool:
+        """Whether this is a SQLite database."""
+        return is_sqlite(self.flavours.given)
+
+    @property
+    def is_async_only(self) -> bool:
+        """Whether the URL's driver has no sync flavour."""
+        return self.flavours.sync is None
+
+    def options(self, flavour: Flavour) -> Mapping[str, Any]:
+        """The user's engine options for one flavour."""
+        return self._options[flavour]
+
+    def set_up(self, engine: Engine, settings: PoolSettings) -> None:
+        """Attach to a new engine what every engine of this database has."""
+        if self.is_sqlite:
+            sqlite.set_up(engine)
+        elif settings.pool_pre_ping:
+            event.listen(engine, "checkin", _remember_idle)
+            event.listen(engine, "checkout", _ping_when_idle)
+        self._set_up(engine)
+
+    def dispose(self) -> None:
+        """Close the idle connections of every pool's sync flavour."""
+        for pool in self._pools.values():
+            pool.dispose()
+
+    async def async_dispose(self) -> None:
+        """Close the idle connections of every pool."""
+        for pool in self._pools.values():
+            await pool.async_dispose()
+
+
+def _remember_idle(_connection: Any, record: Any) -> None:
+    record.info[_remember_idle] = time.monotonic()
+
+
+def _ping_when_idle(connection: Any, record: Any, proxy: Any) -> None:
+    """Try a connection that sat idle; a ping at every checkout would cost a round trip each, on asyncpg two."""
+    since = record.info.get(_remember_idle)
+    if since is None or time.monotonic() - since < _IDLE_ENOUGH_TO_PING:
+        return
+    dialect = proxy._pool._dialect  # noqa: SLF001  # the pool's dialect has no public name at a checkout
+    try:
+        alive = dialect.do_ping(connection)
+    except Exception as exc:
+        if not isinstance(exc, (dialect.loaded_dbapi.Error, OSError)):
+            raise
+        alive = False
+    if not alive:
+        # Its neighbours sat idle through the same restart: all that are as old are dropped.
+        raise InvalidatePoolError

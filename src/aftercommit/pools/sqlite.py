@@ -1,0 +1,99 @@
+"""SQLite, set up for several writers: WAL, foreign keys, and a write lock that is asked for in time.
+
+SQLite gives the write lock to one connection at a time. A transaction that begins deferred, reads, and then writes
+cannot wait for it: its snapshot is old, and it fails at once with ``SQLITE_BUSY_SNAPSHOT``, whatever the busy
+timeout. So the driver's own transactions are switched off here, and:
+
+- nothing is begun for reads;
+- ``BEGIN IMMEDIATE`` comes with the first write or savepoint, and waits its turn;
+- a task's transaction begins immediate at once, so that what it read is still true when it writes.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import event
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection, Engine
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+
+__all__ = ["BUSY_TIMEOUT", "IMMEDIATE", "in_transaction", "set_up"]
+
+BUSY_TIMEOUT: Final = 10.0
+"""Seconds that a connection waits for the write lock, unless ``connect_args`` say otherwise."""
+
+IMMEDIATE: Final = "aftercommit_immediate"
+"""The execution option under which every transaction begins immediate."""
+
+_READS: Final = frozenset({"SELECT", "VALUES", "EXPLAIN"})
+# These cannot run inside a transaction, or manage one themselves.
+_OUTSIDE: Final = frozenset(
+    {"PRAGMA", "VACUUM", "ATTACH", "DETACH", "BEGIN", "COMMIT", "END", "ROLLBACK", "RELEASE", "SAVEPOINT"}
+)
+_FIRST_WORD = re.compile(r"(?:\s+|--[^\n]*\n|/\*.*?\*/|\()*([A-Za-z]+)", re.DOTALL)
+_WRITING_WORD = re.compile(r"\b(?:INSERT|UPDATE|DELETE|REPLACE)\b", re.IGNORECASE)
+
+
+def set_up(engine: Engine) -> None:
+    """Attach the rules of this module to *engine* (for an async engine: its ``sync_engine``)."""
+    event.listen(engine, "connect", _on_connect)
+    event.listen(engine, "begin", _on_begin)
+    event.listen(engine, "savepoint", _on_savepoint)
+    event.listen(engine, "before_cursor_execute", _on_execute)
+
+
+def in_transaction(connection: Connection) -> bool:
+    """Whether SQLite itself is in a transaction on *connection*, whatever SQLAlchemy believes."""
+    return bool(connection.connection.driver_connection.in_transaction)  # type: ignore[union-attr]
+
+
+@lru_cache(maxsize=2048)
+def needs_lock(statement: str) -> bool:
+    """Whether *statement* must run under the write lock. In doubt, yes."""
+    found = _FIRST_WORD.match(statement)
+    word = found[1].upper() if found else ""
+    if word in _READS or word in _OUTSIDE:
+        return False
+    if word == "WITH":
+        return _WRITING_WORD.search(statement) is not None
+    return True
+
+
+def _on_connect(connection: DBAPIConnection, _record: Any) -> None:
+    cursor = connection.cursor()
+    try:
+        try:
+            cursor.execute("PRAGMA journal_mode=WAL")
+        except Exception as exc:
+            # Another process is switching this very file, or it is read-only: the mode belongs to the file, so
+            # there is nothing left to do here. What is really broken fails at the first statement, with its own error.
+            if not any(word in str(exc) for word in ("locked", "readonly")):
+                raise
+        cursor.execute("PRAGMA foreign_keys=ON")
+    finally:
+        cursor.close()
+
+
+def _on_begin(connection: Connection) -> None:
+    if connection.get_execution_options().get(IMMEDIATE):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _on_savepoint(connection: Connection, _name: str) -> None:
+    if not in_transaction(connection):
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+
+def _on_execute(
+    connection: Connection, cursor: Any, statement: str, _parameters: Any, _context: Any, _many: bool
+) -> None:
+    if needs_lock(statement) and not in_transaction(connection) and not _autocommits(connection):
+        cursor.execute("BEGIN IMMEDIATE")
+
+
+def _autocommits(connection: Connection) -> bool:
+    return connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"

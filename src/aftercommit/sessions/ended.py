@@ -1,0 +1,111 @@
+"""The end of a session is the end: any further use raises, instead of silently opening a new transaction.
+
+SQLAlchemy lets a closed session be used again: it takes a new connection, begins a new transaction, and nobody ever
+commits it. So at its end a session of ours changes its class, once, to one that refuses. That costs nothing before.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final, NoReturn
+
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from aftercommit.errors import SessionEnded
+from aftercommit.sessions.owner import OWNER, Owner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+__all__ = ["end_for_good"]
+
+_ENDED: Final = "aftercommit.ended"
+
+# What may still be read, because it opens nothing; `sync_session` is how SQLAlchemy itself gets from one to the other.
+_HARMLESS: Final = frozenset(
+    {"close", "rollback", "invalidate", "aclose", "expunge_all", "reset", "info", "hash_key", "sync_session", "_proxied"}
+    | {"is_active", "in_transaction", "in_nested_transaction", "get_transaction", "get_nested_transaction"}
+    | {"sync_session_class", "dispatch"}
+)
+
+
+def end_for_good(session: Session | AsyncSession, owner: Owner) -> None:
+    """Make every further use of *session*, which is closed, raise ``SessionEnded``.
+
+    ``rollback()`` and ``close()`` stay harmless, so that a ``finally`` of somebody else's does not fail.
+    """
+    sync = session.sync_session if isinstance(session, AsyncSession) else session
+    sync.info[_ENDED] = (owner, time.monotonic())
+    if sync is not session:
+        _change_class(session)
+    _change_class(sync)
+
+
+def _change_class(session: Session | AsyncSession) -> None:
+    if not isinstance(session, _Ended):
+        session.__class__ = _ended_class(type(session))
+
+
+@cache
+def _ended_class(kind: type[Session] | type[AsyncSession]) -> type:
+    harmless = _async_harmless() if issubclass(kind, AsyncSession) else _sync_harmless()
+    return type(f"Ended{kind.__name__}", (_Ended, kind), {**harmless, "__module__": __name__})
+
+
+class _Ended:
+    """Mixed in over the class that the session had."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in _HARMLESS or (name.startswith("__") and name.endswith("__")):
+            return super().__getattribute__(name)
+        _refuse(self, name)
+
+    # These three are looked up on the class, not on the instance.
+    def __contains__(self, _instance: object) -> bool:
+        _refuse(self, "__contains__")
+
+    def __iter__(self) -> NoReturn:
+        _refuse(self, "__iter__")
+
+    @property
+    def is_active(self) -> bool:
+        return False
+
+
+def _refuse(session: Any, operation: str) -> NoReturn:
+    sync = session.sync_session if isinstance(session, AsyncSession) else session
+    owner, since = sync.info.get(_ENDED) or (sync.info.get(OWNER) or Owner("unknown"), time.monotonic())
+    ago = time.monotonic() - since
+    how = "async with db.async_session() as session:" if sync is not session else "with db.session() as session:"
+    kind = "AsyncSession" if sync is not session else "Session"
+    raise SessionEnded(
+        f"{operation!r} on a session that has ended: it belonged to {owner} and ended {ago:.3f} s ago. Used again, it "
+        "would silently open a new transaction that nobody commits. In a task, take a session of its own as the first "
+        f"parameter (`session: {kind}`, declared with @db.task); in a streaming response, or anywhere else after "
+        f"the end, open one where it is needed: `{how}`.",
+        owner=str(owner),
+        ended_for=ago,
+        operation=operation,
+    )
+
+
+def _sync_harmless() -> dict[str, Callable[..., Any]]:
+    def nothing(_self: object, *_args: object, **_kwargs: object) -> None:
+        """Do nothing: the session has ended."""
+
+    def false(_self: object) -> bool:
+        """No: the session has ended."""
+        return False
+
+    names = ("close", "rollback", "invalidate", "expunge_all", "reset", "get_transaction", "get_nested_transaction")
+    return {**dict.fromkeys(names, nothing), "in_transaction": false, "in_nested_transaction": false}
+
+
+def _async_harmless() -> dict[str, Callable[..., Any]]:
+    async def nothing(_self: object, *_args: object, **_kwargs: object) -> None:
+        """Do nothing: the session has ended."""
+
+    awaited = ("close", "aclose", "rollback", "invalidate", "reset")
+    return {**_sync_harmless(), **dict.fromkeys(awaited, nothing)}

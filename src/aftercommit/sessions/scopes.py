@@ -1,0 +1,152 @@
+"""The life of one session: opened for an owner, committed or rolled back, and ended for good.
+
+Two shells, sync and async, in the same order. Whoever opens a scope decides when it commits; the end always comes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.orm import Session
+
+from aftercommit.sessions.ended import end_for_good
+from aftercommit.sessions.owner import OWNER, Owner
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine
+    from types import TracebackType
+
+__all__ = ["AsyncScope", "Scope", "shielded"]
+
+T = TypeVar("T")
+
+
+class Scope:
+    """A session for ``with``: commit on success, roll back on error, end in any case.
+
+    Args:
+        make: Makes the session; nothing is connected before it is used.
+        owner: Who has it.
+    """
+
+    __slots__ = ("owner", "session")
+
+    def __init__(self, make: Callable[[], Session], owner: Owner) -> None:
+        self.owner = owner
+        self.session = make()
+        self.session.info[OWNER] = owner
+
+    def __enter__(self) -> Session:
+        """The session."""
+        return self.session
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _tb: TracebackType | None) -> None:
+        """Commit or roll back, then end."""
+        try:
+            if error is None:
+                self.commit()
+        finally:
+            self.end()
+
+    def commit(self) -> None:
+        """Commit what there is; without a transaction there is nothing to do."""
+        if self.session.in_transaction():
+            self.session.commit()
+
+    def end(self) -> None:
+        """Give the connection back, rolling back what was not committed, and refuse every further use."""
+        try:
+            if self.session.in_transaction():
+                _roll_back(self.session)
+        finally:
+            try:
+                self.session.close()
+            finally:
+                end_for_good(self.session, self.owner)
+
+
+class AsyncScope:
+    """A session for ``async with``: commit on success, roll back on error or cancellation, end in any case.
+
+    Args:
+        make: Makes the session; nothing is connected before it is used.
+        owner: Who has it.
+    """
+
+    __slots__ = ("owner", "session")
+
+    def __init__(self, make: Callable[[], AsyncSession], owner: Owner) -> None:
+        self.owner = owner
+        self.session = make()
+        self.session.sync_session.info[OWNER] = owner
+
+    async def __aenter__(self) -> AsyncSession:
+        """The session."""
+        return self.session
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
+        """Commit or roll back, then end; neither a cancellation nor a second one can stop that half-way."""
+        await shielded(self._finish(commit=error is None))
+
+    async def commit(self) -> None:
+        """Commit what there is; without a transaction there is nothing to do.
+
+        Shielded: both drivers would tell the server to cancel, and nobody could say what became of the commit.
+        """
+        if self.session.in_transaction():
+            await shielded(self.session.commit())
+
+    async def end(self) -> None:
+        """Give the connection back, rolling back what was not committed, and refuse every further use."""
+        await shielded(self._finish(commit=False))
+
+    async def _finish(self, *, commit: bool) -> None:
+        session = self.session
+        try:
+            if session.in_transaction():
+                await (session.commit() if commit else session.run_sync(_roll_back))
+        finally:
+            try:
+                # A session that failed to commit is still in its transaction; the close below rolls it back,
+                # but only the rollback tells that its tasks are gone on purpose.
+                if session.in_transaction():
+                    await session.run_sync(_roll_back)
+            finally:
+                try:
+                    await session.close()
+                finally:
+                    end_for_good(session, self.owner)
+
+
+def _roll_back(session: Session) -> None:
+    """Roll back; a connection that is already lost has done so itself."""
+    try:
+        session.rollback()
+    except SQLAlchemyError:
+        # Closing it, which follows, drops the connection; the error that brought us here is the one to tell.
+        session.invalidate()
+
+
+async def shielded(work: Coroutine[Any, Any, T]) -> T:
+    """Await *work* to its end, however often the caller is cancelled meanwhile; then let the cancellation through."""
+    task = asyncio.ensure_future(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as exc:
+            if task.cancelled():
+                raise
+            cancelled = exc
+        except BaseException:  # noqa: BLE001  # it is the task's own, and is raised below
+            break
+    if cancelled is not None:
+        if not task.cancelled() and task.exception() is not None:
+            raise cancelled from task.exception()
+        raise cancelled
+    return task.result()
