@@ -1,0 +1,350 @@
+"""How a record moves from state to state. Each function is one statement, and commits nothing.
+
+```
+(nothing) --written--> queued --claim--> running --finish--> succeeded
+                         ^ |               | | '--fail-----> failed
+                         | '--cancel--> cancelled <-cancel-'
+                         '-- give_back, rescue --'
+```
+
+Whoever runs a task holds a *claim*: id, attempt and number of claims. Every move it makes holds only for that claim
+while the record says ``running``; each returns whether it did.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
+
+from aftercommit.records.statement import Statement
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from sqlalchemy import Connection
+
+__all__ = [
+    "Claim",
+    "Claimed",
+    "Failure",
+    "cancel",
+    "claim",
+    "clear_progress",
+    "fail",
+    "finish",
+    "give_back",
+    "holds",
+    "lock",
+    "next_due",
+    "retry",
+    "save_checkpoint",
+    "set_progress",
+    "wrote_something",
+]
+
+_PG_NOW: Final = "clock_timestamp()"
+_LITE_NOW: Final = "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
+_LITE_LATER: Final = "(strftime('%Y-%m-%d %H:%M:%f', 'now', :delay || ' seconds') || '000')"
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """The right to run a record's task.
+
+    Attributes:
+        id: The record.
+        attempt: The attempt this is.
+        claims: How often the record was claimed, this time included.
+    """
+
+    id: UUID
+    attempt: int
+    claims: int
+
+    def parameters(self) -> dict[str, Any]:
+        """For a statement."""
+        return {"id": self.id, "attempt": self.attempt, "claims": self.claims}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Claimed:
+    """A record that was claimed, with what is needed to run it.
+
+    Attributes:
+        claim: The claim.
+        task: The task's name.
+        arguments: JSON text.
+        max_attempts: How often it may be tried.
+        parent: The run that asked for it.
+        context: JSON text, or None.
+        checkpoint: JSON text, or None.
+        waited: Seconds since it was due, by the database's clock.
+    """
+
+    claim: Claim
+    task: str
+    arguments: str
+    max_attempts: int
+    parent: UUID | None
+    context: str | None
+    checkpoint: str | None
+    waited: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Failure:
+    """What is written of an error.
+
+    Attributes:
+        error: One line.
+        traceback: The whole, without bound values.
+    """
+
+    error: str
+    traceback: str
+
+
+_MINE: Final = "WHERE id = :id AND attempt = :attempt AND claims = :claims AND state = 'running'"
+
+_FINISH = Statement(
+    f"UPDATE aftercommit_task SET state = 'succeeded', finished_at = {_PG_NOW}, result = CAST(:result AS json), "
+    f"error = NULL, traceback = NULL {_MINE}",
+    f"UPDATE aftercommit_task SET state = 'succeeded', finished_at = {_LITE_NOW}, result = :result, "
+    f"error = NULL, traceback = NULL {_MINE}",
+)
+_LOCK = Statement(
+    f"SELECT id FROM aftercommit_task {_MINE} FOR SHARE",
+    f"SELECT id FROM aftercommit_task {_MINE}",
+)
+_HOLDS = Statement(
+    f"SELECT id FROM aftercommit_task {_MINE} FOR UPDATE",
+    f"SELECT id FROM aftercommit_task {_MINE}",
+)
+_CHECKPOINT = Statement(
+    f"UPDATE aftercommit_task SET checkpoint = CAST(:value AS json) {_MINE}",
+    f"UPDATE aftercommit_task SET checkpoint = :value {_MINE}",
+)
+_WROTE = Statement("SELECT pg_current_xact_id_if_assigned() IS NOT NULL", "SELECT total_changes()")
+
+
+def finish(connection: Connection, claim: Claim, result: str | None) -> bool:
+    """Note, in the task's own transaction, that it is done."""
+    return _FINISH.execute(connection, {**claim.parameters(), "result": result}).rowcount == 1
+
+
+def lock(connection: Connection, claim: Claim) -> bool:
+    """Hold the record until the transaction ends, for a commit in the middle of a task.
+
+    By a lock and not by a plain read: at REPEATABLE READ the snapshot would still show a claim that was lost.
+    Shared, so that the lanes of one run do not exclude each other.
+    """
+    return _LOCK.execute(connection, claim.parameters()).first() is not None
+
+
+def holds(connection: Connection, claim: Claim) -> bool:
+    """Whether the claim still stands, in a transaction of its own. Waits for anybody who is changing the record."""
+    return _HOLDS.execute(connection, claim.parameters()).first() is not None
+
+
+def save_checkpoint(connection: Connection, claim: Claim, value: str) -> bool:
+    """Save *value*, JSON text, in the task's own transaction."""
+    return _CHECKPOINT.execute(connection, {**claim.parameters(), "value": value}).rowcount == 1
+
+
+def wrote_something(connection: Connection, before: int) -> bool:
+    """Whether this transaction wrote anything, raw SQL included.
+
+    Args:
+        connection: In its transaction.
+        before: What ``changes_so_far`` said when it began; only SQLite needs it.
+    """
+    value = _WROTE.execute(connection, {}).scalar()
+    return int(value) > before if connection.dialect.name == "sqlite" else bool(value)
+
+
+def changes_so_far(connection: Connection) -> int:
+    """How many rows this connection changed in its life, on SQLite; elsewhere 0, unasked."""
+    if connection.dialect.name != "sqlite":
+        return 0
+    return int(_WROTE.execute(connection, {}).scalar() or 0)
+
+
+# --- the end of an attempt that failed --------------------------------------------------------------------------
+
+_ENTRY_PG: Final = (
+    "errors = CASE WHEN CAST(:entry AS text) IS NULL THEN errors ELSE "
+    "CAST(COALESCE(CAST(errors AS jsonb), '[]') || CAST(CAST(:entry AS text) AS jsonb) AS json) END"
+)
+_ENTRY_LITE: Final = (
+    "errors = CASE WHEN :entry IS NULL THEN errors ELSE json_insert(COALESCE(errors, '[]'), '$[#]', json(:entry)) END"
+)
+_FAIL = Statement(
+    f"UPDATE aftercommit_task SET state = 'failed', finished_at = {_PG_NOW}, error = :error, traceback = :traceback, "
+    f"attempt = LEAST(attempt, max_attempts), {_ENTRY_PG} {_MINE}",
+    f"UPDATE aftercommit_task SET state = 'failed', finished_at = {_LITE_NOW}, error = :error, traceback = :traceback, "
+    f"attempt = MIN(attempt, max_attempts), {_ENTRY_LITE} {_MINE}",
+)
+# The key is taken up again only if no other task waits under it: both are then queued, and that is right, because
+# this one was asked for before it ran.
+_KEY_AGAIN: Final = (
+    "queued_key = CASE WHEN EXISTS (SELECT 1 FROM aftercommit_task o WHERE o.task = aftercommit_task.task "
+    "AND o.queued_key = aftercommit_task.key) THEN NULL ELSE key END"
+)
+_GIVE_BACK = Statement(
+    f"UPDATE aftercommit_task SET state = 'queued', run_at = {_PG_NOW} + :delay * interval '1 second', worker = NULL, "
+    f"attempt = attempt - :refund, {_KEY_AGAIN}, error = COALESCE(:error, error), "
+    f"traceback = COALESCE(:traceback, traceback), {_ENTRY_PG} {_MINE}",
+    f"UPDATE aftercommit_task SET state = 'queued', run_at = {_LITE_LATER}, worker = NULL, "
+    f"attempt = attempt - :refund, {_KEY_AGAIN}, error = COALESCE(:error, error), "
+    f"traceback = COALESCE(:traceback, traceback), {_ENTRY_LITE} {_MINE}",
+)
+
+
+def fail(connection: Connection, claim: Claim, failure: Failure, *, at: str) -> bool:
+    """Note that the task failed for good."""
+    parameters = {**claim.parameters(), **_written(failure), "entry": _entry(claim, failure, at)}
+    return _FAIL.execute(connection, parameters).rowcount == 1
+
+
+def give_back(
+    connection: Connection, claim: Claim, failure: Failure | None, *, at: str, delay: float, refund: bool
+) -> bool:
+    """Queue the task again.
+
+    Args:
+        connection: In a transaction.
+        claim: The claim that is given up.
+        failure: What went wrong; None for an orderly stop.
+        at: The time of the failure, for the record.
+        delay: Seconds until it is due again.
+        refund: Whether the attempt does not count.
+    """
+    entry = None if failure is None or refund else _entry(claim, failure, at)
+    parameters = {
+        **claim.parameters(),
+        **(_written(failure) if failure is not None else {"error": None, "traceback": None}),
+        "entry": entry,
+        "delay": delay,
+        "refund": int(refund),
+    }
+    return _GIVE_BACK.execute(connection, parameters).rowcount == 1
+
+
+def _written(failure: Failure) -> dict[str, str]:
+    # PostgreSQL's text holds every character but NUL.
+    return {"error": failure.error.replace("\0", "\\0"), "traceback": failure.traceback.replace("\0", "\\0")}
+
+
+def _entry(claim: Claim, failure: Failure, at: str) -> str:
+    return json.dumps({"attempt": claim.attempt, "at": at, **_written(failure)})
+
+
+# --- claiming ---------------------------------------------------------------------------------------------------
+
+_RETURNED: Final = (
+    "RETURNING id, task, CAST(arguments AS text), attempt, claims, max_attempts, parent, CAST(context AS text), "
+    "CAST(checkpoint AS text), "
+)
+_NOT_PAUSED: Final = "NOT EXISTS (SELECT 1 FROM aftercommit_pool p WHERE p.name = :pool)"
+_CLAIM = Statement(
+    "WITH due AS (SELECT id AS due_id FROM aftercommit_task WHERE state = 'queued' AND pool = :pool "
+    "AND run_at <= now() AND task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json)))) "
+    f"AND {_NOT_PAUSED} "
+    "ORDER BY priority DESC, run_at, id LIMIT :count FOR UPDATE SKIP LOCKED) "
+    "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = attempt + 1, claims = claims + 1, "
+    f"queued_key = NULL, started_at = {_PG_NOW} FROM due WHERE id = due_id {_RETURNED} "
+    "EXTRACT(EPOCH FROM now() - run_at)",
+    "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = attempt + 1, claims = claims + 1, "
+    f"queued_key = NULL, started_at = {_LITE_NOW} WHERE id IN (SELECT id FROM aftercommit_task "
+    f"WHERE state = 'queued' AND pool = :pool AND run_at <= {_LITE_NOW} "
+    f"AND task IN (SELECT value FROM json_each(:names)) AND {_NOT_PAUSED} "
+    f"ORDER BY priority DESC, run_at, id LIMIT :count) {_RETURNED} "
+    "(julianday('now') - julianday(run_at)) * 86400.0",
+)
+_NEXT_DUE = Statement(
+    "SELECT EXTRACT(EPOCH FROM MIN(run_at) - now()) FROM aftercommit_task WHERE state = 'queued' AND pool = :pool "
+    f"AND task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json)))) AND {_NOT_PAUSED}",
+    "SELECT (julianday(MIN(run_at)) - julianday('now')) * 86400.0 FROM aftercommit_task WHERE state = 'queued' "
+    f"AND pool = :pool AND task IN (SELECT value FROM json_each(:names)) AND {_NOT_PAUSED}",
+)
+
+
+def claim(connection: Connection, *, pool: str, names: Sequence[str], worker: UUID, count: int) -> list[Claimed]:
+    """Take up to *count* due tasks of *pool*, of those *names* only, highest priority first, then oldest first."""
+    parameters = {"pool": pool, "names": json.dumps(list(names)), "worker": worker, "count": count}
+    rows = _CLAIM.execute(connection, parameters).all()
+    found = [
+        Claimed(
+            claim=Claim(_uuid(row[0]), row[3], row[4]),
+            task=row[1],
+            arguments=row[2],
+            max_attempts=row[5],
+            parent=None if row[6] is None else _uuid(row[6]),
+            context=row[7],
+            checkpoint=row[8],
+            waited=max(0.0, float(row[9])),
+        )
+        for row in rows
+    ]
+    # An UPDATE returns its rows in no order in particular; ids rise with time.
+    return sorted(found, key=lambda each: (-each.waited, each.claim.id))
+
+
+def next_due(connection: Connection, *, pool: str, names: Sequence[str]) -> float | None:
+    """Seconds until the next queued task of *pool* is due, negative if one is; None if there is none."""
+    value = _NEXT_DUE.execute(connection, {"pool": pool, "names": json.dumps(list(names))}).scalar()
+    return None if value is None else float(value)
+
+
+# --- by hand ----------------------------------------------------------------------------------------------------
+
+_CANCEL = Statement(
+    f"UPDATE aftercommit_task SET state = 'cancelled', finished_at = {_PG_NOW}, queued_key = NULL "
+    "WHERE id = :id AND state IN ('queued', 'running')",
+    f"UPDATE aftercommit_task SET state = 'cancelled', finished_at = {_LITE_NOW}, queued_key = NULL "
+    "WHERE id = :id AND state IN ('queued', 'running')",
+)
+_RETRY = Statement(
+    f"UPDATE aftercommit_task SET state = 'queued', run_at = {_PG_NOW}, finished_at = NULL, worker = NULL, "
+    f"attempt = 0, {_KEY_AGAIN} WHERE id = :id AND state IN ('failed', 'cancelled')",
+    f"UPDATE aftercommit_task SET state = 'queued', run_at = {_LITE_NOW}, finished_at = NULL, worker = NULL, "
+    f"attempt = 0, {_KEY_AGAIN} WHERE id = :id AND state IN ('failed', 'cancelled')",
+)
+
+
+def cancel(connection: Connection, record: UUID) -> bool:
+    """Cancel a task that is queued or running; a running one can then commit nothing more."""
+    return _CANCEL.execute(connection, {"id": record}).rowcount == 1
+
+
+def retry(connection: Connection, record: UUID) -> bool:
+    """Queue a task that failed or was cancelled once more, with all its attempts."""
+    return _RETRY.execute(connection, {"id": record}).rowcount == 1
+
+
+# --- progress ---------------------------------------------------------------------------------------------------
+
+_SET_PROGRESS = Statement(
+    "INSERT INTO aftercommit_progress (task_id, done, total) VALUES (:id, :done, :total) "
+    "ON CONFLICT (task_id) DO UPDATE SET done = excluded.done, total = excluded.total"
+)
+_CLEAR_PROGRESS = Statement(
+    "DELETE FROM aftercommit_progress WHERE task_id IN (SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS uuid))",
+    "DELETE FROM aftercommit_progress WHERE task_id IN (SELECT value FROM json_each(:ids))",
+)
+
+
+def set_progress(connection: Connection, record: UUID, done: int, total: int | None) -> None:
+    """Say how far a run is."""
+    _SET_PROGRESS.execute(connection, {"id": record, "done": done, "total": total})
+
+
+def clear_progress(connection: Connection, records: Collection[UUID]) -> None:
+    """Forget the progress of records that are pruned."""
+    _CLEAR_PROGRESS.execute(connection, {"ids": json.dumps([each.hex for each in records])})
+
+
+def _uuid(value: Any) -> UUID:
+    return value if isinstance(value, UUID) else UUID(str(value))

@@ -1,0 +1,46 @@
+"""Our tables: made, and checked for their version."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from sqlalchemy import insert, inspect, select, text, update
+
+from aftercommit.records.tables import Base, SchemaRecord
+
+if TYPE_CHECKING:
+    from sqlalchemy import Connection
+
+__all__ = ["SCHEMA_VERSION", "create_tables", "schema_problem"]
+
+SCHEMA_VERSION: Final = 1
+
+_LOCK: Final = 0x61667463  # "aftc": any number will do, as long as nobody else takes the same
+
+
+def create_tables(connection: Connection) -> None:
+    """Make what is missing of our tables, in the transaction of *connection*; harmless where they stand.
+
+    Several processes may do so at once: the second waits for the first.
+    """
+    if connection.dialect.name == "postgresql":
+        # Of the transaction, not of the session: a transaction pooler lets no other kind through.
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
+    Base.metadata.create_all(connection)
+    version = connection.scalar(select(SchemaRecord.version))
+    if version is None:
+        connection.execute(insert(SchemaRecord).values(id=1, version=SCHEMA_VERSION))
+    elif version < SCHEMA_VERSION:
+        connection.execute(update(SchemaRecord).values(version=SCHEMA_VERSION))
+
+
+def schema_problem(connection: Connection) -> str | None:
+    """Say what is wrong with our tables, or None."""
+    inspector = inspect(connection)
+    missing = sorted(name for name in Base.metadata.tables if not inspector.has_table(name))
+    if missing:
+        return f"the tables {', '.join(missing)} are missing" if len(missing) > 1 else f"the table {missing[0]} is missing"
+    version = connection.scalar(select(SchemaRecord.version))
+    if version is None or version < SCHEMA_VERSION:
+        return f"the tables are of version {version}, and this release needs version {SCHEMA_VERSION}"
+    return None

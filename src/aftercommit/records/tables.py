@@ -1,0 +1,205 @@
+"""The library's tables, as mapped classes: status pages and scripts read them with plain SQLAlchemy."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from sqlalchemy import (
+    DDL,
+    JSON,
+    BigInteger,
+    DateTime,
+    Dialect,
+    Index,
+    Integer,
+    String,
+    Text,
+    TypeDecorator,
+    Uuid,
+    event,
+    select,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
+
+__all__ = ["Base", "PoolState", "ProgressRecord", "SchemaRecord", "TaskRecord", "UtcDateTime", "WorkerRecord"]
+
+
+class UtcDateTime(TypeDecorator[datetime]):
+    """An aware datetime, always in UTC; SQLite, which has no zones, stores it without one."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        """Refuse naive datetimes: nobody could say which moment they mean."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError(f"{value!r} has no time zone. Write datetime.now(UTC), or give it one with .replace(tzinfo=…).")
+        value = value.astimezone(UTC)
+        return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:  # noqa: ARG002
+        """Read it as UTC."""
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+class Base(DeclarativeBase):
+    """Base of the library's mapped classes, with a metadata of its own."""
+
+
+class ProgressRecord(Base):
+    """How far a run is. A table of its own: while a task runs, nobody may touch its record."""
+
+    __tablename__ = "aftercommit_progress"
+
+    task_id: Mapped[UUID] = mapped_column(Uuid, primary_key=True)
+    done: Mapped[int] = mapped_column(BigInteger)
+    total: Mapped[int | None] = mapped_column(BigInteger)
+
+
+class TaskRecord(Base):
+    """One task that somebody asked for, and what became of it.
+
+    Attributes:
+        id: UUIDv7; also the idempotency key for effects outside the database.
+        task: The task's name.
+        pool: The pool it runs in.
+        state: ``queued``, ``running``, ``succeeded``, ``failed`` or ``cancelled``.
+        arguments: What crossed, as JSON by parameter.
+        result: What the task returned, if its return annotation names something that JSON can carry.
+        key: As given with ``with_options(key=…)``.
+        queued_key: The key while the task is queued: this is what makes a second one a no-op.
+        priority: Higher runs first.
+        attempt: The attempt at hand, or the last; 0 before the first.
+        max_attempts: How many there may be.
+        claims: How often a worker took it; with the attempt, the token that fences a zombie off.
+        run_at: When it is due.
+        enqueued_at: When it was asked for.
+        started_at: When the attempt at hand, or the last, was claimed.
+        finished_at: When it succeeded, failed or was cancelled.
+        worker: The worker that has it, or had it last.
+        parent: The run that asked for it.
+        context: Trace headers and log context of the asker.
+        checkpoint: What the run saved last with ``current_run().checkpoint(value)``.
+        error: The last error in one line.
+        traceback: Its traceback.
+        errors: One entry per failed attempt: ``attempt``, ``at``, ``error``, ``traceback``.
+        progress_done: How far it is.
+        progress_total: Of how many, if that is known.
+    """
+
+    __tablename__ = "aftercommit_task"
+
+    id: Mapped[UUID] = mapped_column(Uuid, primary_key=True)
+    task: Mapped[str] = mapped_column(String(255))
+    pool: Mapped[str] = mapped_column(String(63))
+    state: Mapped[str] = mapped_column(String(9))
+    arguments: Mapped[dict[str, Any]] = mapped_column(JSON(none_as_null=True))
+    result: Mapped[Any] = mapped_column(JSON(none_as_null=True), nullable=True)
+    key: Mapped[str | None] = mapped_column(String(255))
+    queued_key: Mapped[str | None] = mapped_column(String(255))
+    priority: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    attempt: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    max_attempts: Mapped[int] = mapped_column(Integer, server_default=text("5"))
+    claims: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    run_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    enqueued_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    worker: Mapped[UUID | None] = mapped_column(Uuid)
+    parent: Mapped[UUID | None] = mapped_column(Uuid)
+    context: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
+    checkpoint: Mapped[Any] = mapped_column(JSON(none_as_null=True), nullable=True)
+    error: Mapped[str | None] = mapped_column(Text)
+    traceback: Mapped[str | None] = mapped_column(Text)
+    errors: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON(none_as_null=True))
+
+    progress_done: Mapped[int | None] = column_property(
+        select(ProgressRecord.done).where(ProgressRecord.task_id == id).correlate_except(ProgressRecord).scalar_subquery()
+    )
+    progress_total: Mapped[int | None] = column_property(
+        select(ProgressRecord.total).where(ProgressRecord.task_id == id).correlate_except(ProgressRecord).scalar_subquery()
+    )
+
+    def __repr__(self) -> str:
+        """Name, id, state and attempt."""
+        return f"<TaskRecord {self.task} {self.id} {self.state}, attempt {self.attempt}>"
+
+
+_queued = TaskRecord.state == "queued"
+_running = TaskRecord.state == "running"
+_finished = TaskRecord.finished_at.is_not(None)
+
+# One per question: what is due next in a pool, who holds what, what a key already waits for, what may be pruned.
+Index(
+    "aftercommit_task_due",
+    TaskRecord.pool,
+    TaskRecord.priority.desc(),
+    TaskRecord.run_at,
+    TaskRecord.id,
+    postgresql_where=_queued,
+    sqlite_where=_queued,
+)
+Index("aftercommit_task_held", TaskRecord.worker, postgresql_where=_running, sqlite_where=_running)
+Index("aftercommit_task_key", TaskRecord.task, TaskRecord.queued_key, unique=True)
+Index("aftercommit_task_finished", TaskRecord.finished_at, postgresql_where=_finished, sqlite_where=_finished)
+
+
+class WorkerRecord(Base):
+    """A process that runs tasks, and when it was last heard of.
+
+    Attributes:
+        id: Made anew at each start.
+        host: The machine's name.
+        pid: The process.
+        started_at: When it started.
+        seen_at: Its last heartbeat.
+        pools: The pools it runs.
+        names: The tasks it knows.
+    """
+
+    __tablename__ = "aftercommit_worker"
+
+    id: Mapped[UUID] = mapped_column(Uuid, primary_key=True)
+    host: Mapped[str] = mapped_column(String(255))
+    pid: Mapped[int] = mapped_column(Integer)
+    started_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    seen_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    pools: Mapped[list[str]] = mapped_column(JSON)
+    names: Mapped[list[str]] = mapped_column(JSON)
+
+
+class PoolState(Base):
+    """A pool that was paused: nobody starts tasks in it."""
+
+    __tablename__ = "aftercommit_pool"
+
+    name: Mapped[str] = mapped_column(String(63), primary_key=True)
+    paused_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class SchemaRecord(Base):
+    """Which release's tables these are."""
+
+    __tablename__ = "aftercommit_schema"
+
+    id: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    version: Mapped[int] = mapped_column(Integer)
+
+
+# A queue's rows change several times and then stay: without room on the page each change would touch every index,
+# and with the server's default of 20 % dead rows a large table would be vacuumed far too late.
+event.listen(
+    TaskRecord.__table__,
+    "after_create",
+    DDL(
+        "ALTER TABLE aftercommit_task SET (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.02, "
+        "autovacuum_vacuum_threshold = 1000, autovacuum_analyze_scale_factor = 0.02)"
+    ).execute_if(dialect="postgresql"),
+)

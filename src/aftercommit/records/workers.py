@@ -1,0 +1,140 @@
+"""Worker processes: one row each, a heartbeat, and what is done about those that have gone silent."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
+
+from aftercommit.records.moves import clear_progress
+from aftercommit.records.statement import Statement
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from sqlalchemy import Connection
+
+__all__ = ["Pulse", "beat", "prune", "register", "release_orphans", "rescue", "sign_off"]
+
+_PG_NOW: Final = "clock_timestamp()"
+_LITE_NOW: Final = "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
+_LITE_SILENT: Final = "(strftime('%Y-%m-%d %H:%M:%f', 'now', :silent || ' seconds') || '000')"
+_PG_SILENT: Final = f"{_PG_NOW} + :silent * interval '1 second'"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pulse:
+    """What a heartbeat brings back.
+
+    Attributes:
+        running: The records that say this worker runs them.
+        has_silent: Whether some other worker has gone silent with tasks in hand.
+    """
+
+    running: frozenset[UUID]
+    has_silent: bool
+
+
+_REGISTER = Statement(
+    "INSERT INTO aftercommit_worker (id, host, pid, started_at, seen_at, pools, names) "
+    f"VALUES (:id, :host, :pid, {_PG_NOW}, {_PG_NOW}, CAST(:pools AS json), CAST(:names AS json)) "
+    f"ON CONFLICT (id) DO UPDATE SET seen_at = {_PG_NOW}",
+    "INSERT INTO aftercommit_worker (id, host, pid, started_at, seen_at, pools, names) "
+    f"VALUES (:id, :host, :pid, {_LITE_NOW}, {_LITE_NOW}, :pools, :names) "
+    f"ON CONFLICT (id) DO UPDATE SET seen_at = {_LITE_NOW}",
+)
+_LOST_PG: Final = (
+    "SELECT t.id FROM aftercommit_task t LEFT JOIN aftercommit_worker w ON w.id = t.worker "
+    f"WHERE t.state = 'running' AND (w.id IS NULL OR w.seen_at < {_PG_SILENT})"
+)
+_LOST_LITE: Final = (
+    "SELECT t.id FROM aftercommit_task t LEFT JOIN aftercommit_worker w ON w.id = t.worker "
+    f"WHERE t.state = 'running' AND (w.id IS NULL OR w.seen_at < {_LITE_SILENT})"
+)
+# One statement, so that an idle application costs the server next to nothing.
+_BEAT = Statement(
+    f"UPDATE aftercommit_worker SET seen_at = {_PG_NOW} WHERE id = :id RETURNING "
+    "(SELECT CAST(json_agg(t.id) AS text) FROM aftercommit_task t WHERE t.worker = :id AND t.state = 'running'), "
+    f"EXISTS ({_LOST_PG})",
+    f"UPDATE aftercommit_worker SET seen_at = {_LITE_NOW} WHERE id = :id RETURNING "
+    "(SELECT json_group_array(t.id) FROM aftercommit_task t WHERE t.worker = :id AND t.state = 'running'), "
+    f"EXISTS ({_LOST_LITE})",
+)
+_AGAIN: Final = (
+    "state = 'queued', worker = NULL, queued_key = CASE WHEN EXISTS (SELECT 1 FROM aftercommit_task o "
+    "WHERE o.task = aftercommit_task.task AND o.queued_key = aftercommit_task.key) THEN NULL ELSE key END"
+)
+_RESCUE = Statement(
+    f"WITH lost AS ({_LOST_PG} ORDER BY t.id LIMIT :count FOR UPDATE OF t SKIP LOCKED) "
+    f"UPDATE aftercommit_task SET {_AGAIN}, run_at = {_PG_NOW}, error = :error "
+    "WHERE id IN (SELECT id FROM lost) AND state = 'running' RETURNING id",
+    f"UPDATE aftercommit_task SET {_AGAIN}, run_at = {_LITE_NOW}, error = :error "
+    f"WHERE id IN ({_LOST_LITE} ORDER BY t.id LIMIT :count) AND state = 'running' RETURNING id",
+)
+_ORPHANS = Statement(
+    f"UPDATE aftercommit_task SET {_AGAIN}, attempt = attempt - 1 WHERE worker = :id AND state = 'running' "
+    "AND id IN (SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS uuid)) RETURNING id",
+    f"UPDATE aftercommit_task SET {_AGAIN}, attempt = attempt - 1 WHERE worker = :id AND state = 'running' "
+    "AND id IN (SELECT value FROM json_each(:ids)) RETURNING id",
+)
+_FORGET_SILENT = Statement(
+    f"DELETE FROM aftercommit_worker WHERE seen_at < {_PG_SILENT} AND NOT EXISTS "
+    "(SELECT 1 FROM aftercommit_task t WHERE t.worker = aftercommit_worker.id AND t.state = 'running')",
+    f"DELETE FROM aftercommit_worker WHERE seen_at < {_LITE_SILENT} AND NOT EXISTS "
+    "(SELECT 1 FROM aftercommit_task t WHERE t.worker = aftercommit_worker.id AND t.state = 'running')",
+)
+_SIGN_OFF = Statement("DELETE FROM aftercommit_worker WHERE id = :id")
+_PRUNE = Statement(
+    "DELETE FROM aftercommit_task WHERE id IN (SELECT id FROM aftercommit_task WHERE finished_at < "
+    f"{_PG_NOW} - :keep * interval '1 second' ORDER BY finished_at LIMIT :count FOR UPDATE SKIP LOCKED) RETURNING id",
+    "DELETE FROM aftercommit_task WHERE id IN (SELECT id FROM aftercommit_task WHERE finished_at < "
+    "(strftime('%Y-%m-%d %H:%M:%f', 'now', -:keep || ' seconds') || '000') ORDER BY finished_at LIMIT :count) RETURNING id",
+)
+
+
+def register(
+    connection: Connection, worker: UUID, *, host: str, pid: int, pools: Sequence[str], names: Sequence[str]
+) -> None:
+    """Enter this process among the workers."""
+    parameters = {"id": worker, "host": host, "pid": pid, "pools": json.dumps(pools), "names": json.dumps(names)}
+    _REGISTER.execute(connection, parameters)
+
+
+def beat(connection: Connection, worker: UUID, *, silent_after: float) -> Pulse | None:
+    """Renew this worker's row; None if somebody took it away, because we had been silent for too long."""
+    row = _BEAT.execute(connection, {"id": worker, "silent": -silent_after}).first()
+    if row is None:
+        return None
+    return Pulse(running=frozenset(UUID(each) for each in json.loads(row[0] or "[]")), has_silent=bool(row[1]))
+
+
+def rescue(connection: Connection, *, silent_after: float, count: int = 500) -> list[UUID]:
+    """Queue the tasks of silent workers again; return their ids. The claim that follows counts the next attempt."""
+    parameters = {"silent": -silent_after, "count": count, "error": "its worker died or fell silent"}
+    rescued = [_uuid(each) for each in _RESCUE.execute(connection, parameters).scalars()]
+    _FORGET_SILENT.execute(connection, {"silent": -10 * silent_after})
+    return rescued
+
+
+def release_orphans(connection: Connection, worker: UUID, records: Collection[UUID]) -> list[UUID]:
+    """Queue records again that say this worker runs them, though it does not; the attempt never began."""
+    ids = json.dumps([each.hex for each in records])
+    return [_uuid(each) for each in _ORPHANS.execute(connection, {"id": worker, "ids": ids}).scalars()]
+
+
+def sign_off(connection: Connection, worker: UUID) -> None:
+    """Take this process out of the workers."""
+    _SIGN_OFF.execute(connection, {"id": worker})
+
+
+def prune(connection: Connection, *, keep: float, count: int = 1000) -> int:
+    """Delete up to *count* records that finished more than *keep* seconds ago; return how many."""
+    gone = [_uuid(each) for each in _PRUNE.execute(connection, {"keep": keep, "count": count}).scalars()]
+    if gone:
+        clear_progress(connection, gone)
+    return len(gone)
+
+
+def _uuid(value: Any) -> UUID:
+    return value if isinstance(value, UUID) else UUID(str(value))
