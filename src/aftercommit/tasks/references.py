@@ -1,0 +1,352 @@
+"""A mapped instance crosses by its identity and is loaded anew in the task's session.
+
+Stored as ``{"$row": "Order", "key": [7]}``: the class that the row had, which may be a subclass of the annotation's
+(so that all of its columns are loaded at once), and its primary key, each part written by its column's Python type.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import datetime
+import decimal
+import enum
+import json
+import math
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import sqlalchemy
+import sqlalchemy.exc
+from pydantic_core import PydanticSerializationUnexpectedValue, core_schema
+from sqlalchemy.orm import InstanceState, Mapper, Session
+
+from aftercommit.errors import HandOverError, PayloadError, RowGone
+from aftercommit.tasks.unsafe import key_hint
+
+__all__ = ["Loading", "RowType", "Writing", "row_token"]
+
+
+@dataclass(slots=True)
+class Writing:
+    """The context of a hand-over: the instances that were met, each known by its place here."""
+
+    rows: list[tuple[RowType, object]] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Loading:
+    """The context of a load: where rows come from."""
+
+    session: Session | None
+    task: str
+    run_id: uuid.UUID | None
+
+
+# Stands for a row until its identity is known. Random, so that no text of a user's can pass for one; never stored.
+_TOKEN = f"aftercommit:row:{uuid.uuid4().hex}:"
+
+
+def row_token(index: int | str) -> str:
+    """Return the mark that stands for row number *index* of a `Writing` until it is resolved (a regex's part too)."""
+    return f"{_TOKEN}{index}"
+
+
+class RowType:
+    """Instances of one mapped class, as Pydantic sees them where it stands in ``Annotated``."""
+
+    __slots__ = ("_codecs", "cls", "mapper")
+
+    def __init__(self, cls: type) -> None:
+        self.cls = cls
+        self.mapper: Mapper[Any] = sqlalchemy.inspect(cls)
+        self._codecs: list[_Codec | None] = [_codec_of(column) for column in self.mapper.primary_key]
+
+    def __get_pydantic_core_schema__(self, source: object, handler: object) -> core_schema.CoreSchema:
+        """Write a mark for an instance, read it (or a stored reference) back."""
+        return core_schema.with_info_plain_validator_function(
+            self._read,
+            serialization=core_schema.plain_serializer_function_ser_schema(self._mark, info_arg=True),
+        )
+
+    def _mark(self, value: object, info: core_schema.SerializationInfo) -> str:
+        if not isinstance(value, self.cls):
+            raise PydanticSerializationUnexpectedValue(f"Expected {self.cls.__name__}")
+        writing = cast("Writing", info.context)
+        writing.rows.append((self, value))
+        return row_token(len(writing.rows) - 1)
+
+    def _read(self, value: object, info: core_schema.ValidationInfo) -> object:
+        context: object = info.context
+        if isinstance(context, Loading):
+            return self.load(value, context)
+        if isinstance(value, str) and value.startswith(_TOKEN):
+            return cast("Writing", context).rows[int(value[len(_TOKEN) :])][1]
+        if info.mode == "python" and isinstance(value, self.cls):
+            return value
+        raise ValueError(f"not a row of {self.cls.__name__}")
+
+    # --- hand-over ----------------------------------------------------------------------------------------------
+
+    def refusal(self, instance: object, session: Session | None) -> tuple[str, str] | None:
+        """Return why *instance* cannot be handed over by *session*, and what to do; None if it can. Loads nothing."""
+        state: InstanceState[Any] = sqlalchemy.inspect(instance)
+        owner = state.session
+        variable = key_hint(self.cls).lstrip("(").partition(".")[0]
+        if owner is None:
+            if state.was_deleted:
+                return _DELETED
+            if state.key is None:
+                return (
+                    "is in no session, so that nothing would ever write its row",
+                    f"`session.add({variable})` first, or pass plain data",
+                )
+            # Detached with an identity: whatever else it holds is left here, and its row was committed or read once
+            # (a rollback takes the identity away again). Its key is all that is needed.
+            return None
+        if session is None:
+            return (
+                "belongs to a session whose transaction this hand-over does not wait for",
+                f"hand over with that session, or pass the key, `{key_hint(self.cls)}`",
+            )
+        if owner is not session:
+            return (
+                "belongs to another session than the one that hands over, so that this commit says nothing about its row",
+                f"hand over with its own session, bring it in with `session.merge({variable})`, "
+                f"or pass the key, `{key_hint(self.cls)}`",
+            )
+        if state.was_deleted or (state.key is not None and instance in owner.deleted):
+            return _DELETED
+        return None
+
+    def write(self, instance: object, *, task: str, path: Callable[[], str]) -> str:
+        """Return the reference to *instance*, by the identity it has now, as JSON."""
+        state: InstanceState[Any] = sqlalchemy.inspect(instance)
+        identity = state.identity
+        if identity is None:
+            why = (
+                "was never flushed: it has no key yet"
+                if state.pending
+                else "is not in the session any more (expunged, or its savepoint was rolled back): it has no row"
+            )
+            raise HandOverError(
+                f"task {task!r}: `{path()}`, a `{self.cls.__name__}`, {why}. The task could not load it. Keep it in the "
+                "session until the commit, or hand the task over in the savepoint that writes the row."
+            )
+        if state.was_deleted:
+            raise HandOverError(
+                f"task {task!r}: `{path()}`, a `{self.cls.__name__}`, was deleted after the hand-over, so that the task "
+                "could not load it. Pass plain data instead, or hand over no task."
+            )
+        return f'{{"$row":{json.dumps(state.mapper.class_.__name__)},"key":[{self._write_key(identity, task, path)}]}}'
+
+    def _write_key(self, identity: tuple[Any, ...], task: str, path: Callable[[], str]) -> str:
+        if len(identity) == 1 and type(identity[0]) is int and self._codecs[0] is _INT:
+            return str(identity[0])
+        parts: list[str] = []
+        for value, codec in zip(identity, self._codecs, strict=True):
+            if codec is not None and type(value) is codec.python_type:
+                parts.append(json.dumps(codec.encode(value)))
+                continue
+            own = _BY_TYPE.get(type(value)) or next((c for c in (_INT, _STR) if isinstance(value, c.python_type)), None)
+            if own is None or isinstance(value, enum.Enum):
+                raise HandOverError(
+                    f"task {task!r}: the key of `{path()}`, a `{self.cls.__name__}`, has a part of type "
+                    f"`{type(value).__qualname__}`, which cannot be written exactly. Pass `{key_hint(self.cls)}` "
+                    "in a form of your own and load the row in the task."
+                )
+            # The column says one type and holds another (a TypeDecorator): the value's own type is written down.
+            parts.append(json.dumps({"$type": own.name, "value": own.encode(value)}))
+        return ",".join(parts)
+
+    # --- load ---------------------------------------------------------------------------------------------------
+
+    def load(self, stored: object, loading: Loading) -> object:
+        """Return the row that *stored* refers to, from the session at hand.
+
+        Raises:
+            ValueError: If this library did not write *stored*; nothing was asked of the database.
+            RowGone: If the row is no longer there.
+            PayloadError: If it is there and is not what the annotation says.
+        """
+        name, key = self._parse(stored)
+        if loading.session is None:
+            raise PayloadError(
+                f"task {loading.task!r}: `{name}` is a row, and there is no session to load it in. "
+                "Give the task a session as its first parameter.",
+                task=loading.task,
+                run_id=loading.run_id,
+            )
+        target = next(
+            (m for m in self.mapper.self_and_descendants if m.class_.__name__ == name),
+            self.mapper,
+        )
+        try:
+            row = loading.session.get(target.class_, key)
+            root = self.mapper.base_mapper
+            if row is None and target is not root and not target.concrete:
+                row = loading.session.get(root.class_, key)  # it is of another class by now, or it is gone
+        except (OverflowError, sqlalchemy.exc.DataError) as exc:
+            raise PayloadError(
+                f"task {loading.task!r}: the stored key of `{name}` is nothing the database can look up.",
+                task=loading.task,
+                run_id=loading.run_id,
+            ) from exc
+        text = f"{name}({', '.join(map(str, key))}{',' if len(key) == 1 else ''})"
+        if row is None:
+            raise RowGone(
+                f"task {loading.task!r}: {text} no longer exists: it was deleted after the task was asked for. "
+                "The task is not tried again.",
+                task=loading.task,
+                row=text,
+                run_id=loading.run_id,
+            )
+        if not isinstance(row, self.cls):
+            raise PayloadError(
+                f"task {loading.task!r}: {text} is a `{type(row).__name__}`, the task takes a `{self.cls.__name__}`.",
+                task=loading.task,
+                run_id=loading.run_id,
+            )
+        return row
+
+    def _parse(self, stored: object) -> tuple[str, tuple[Any, ...]]:
+        if not isinstance(stored, dict) or stored.keys() != {"$row", "key"}:
+            raise ValueError("not a reference to a row")
+        name, key = stored["$row"], stored["key"]
+        if not any(mapper.class_.__name__ == name for mapper in self.mapper.base_mapper.self_and_descendants):
+            raise ValueError(f"a reference to a row of another class than {self.cls.__name__}")
+        if not isinstance(key, list) or len(key) != len(self._codecs):
+            raise ValueError(f"a key of {self.cls.__name__} has {len(self._codecs)} part(s)")
+        return name, tuple(_decode(part, codec) for part, codec in zip(key, self._codecs, strict=True))
+
+
+_DELETED = ("is deleted, so that the task could not load its row", "pass plain data, read before the deletion")
+
+
+# --- the parts of a key -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Codec:
+    """How one Python type stands in a key: a JSON scalar, exactly."""
+
+    name: str
+    python_type: type
+    encode: Callable[[Any], Any]
+    decode: Callable[[Any], Any]
+
+
+def _plain(python_type: type) -> Callable[[Any], Any]:
+    def decode(stored: object) -> object:
+        if type(stored) is not python_type:
+            raise ValueError("a key's part of the wrong type")
+        return stored
+
+    return decode
+
+
+def _text(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
+    def decode(stored: object) -> object:
+        if type(stored) is not str:
+            raise ValueError("a key's part of the wrong type")
+        try:
+            return parse(stored)
+        except (ValueError, ArithmeticError, KeyError, binascii.Error):
+            # Without the cause: it would carry the value into the record.
+            raise ValueError("a key's part that cannot be read") from None
+
+    return decode
+
+
+_MICROSECOND = datetime.timedelta(microseconds=1)
+
+
+def _finite(stored: object) -> float:
+    if type(stored) not in {int, float} or not math.isfinite(cast("float", stored)):
+        raise ValueError("a key's part of the wrong type")
+    return float(cast("float", stored))
+
+
+def _interval(stored: object) -> datetime.timedelta:
+    if type(stored) is not int:
+        raise ValueError("a key's part of the wrong type")
+    try:
+        return stored * _MICROSECOND
+    except OverflowError:
+        raise ValueError("a key's part that cannot be read") from None
+
+
+_INT = _Codec(name="int", python_type=int, encode=int, decode=_plain(int))
+_STR = _Codec(name="str", python_type=str, encode=str, decode=_plain(str))
+_BY_TYPE: dict[type, _Codec] = {
+    codec.python_type: codec
+    for codec in (
+        _INT,
+        _STR,
+        _Codec(name="bool", python_type=bool, encode=bool, decode=_plain(bool)),
+        _Codec(name="float", python_type=float, encode=float, decode=_finite),
+        _Codec(name="uuid", python_type=uuid.UUID, encode=str, decode=_text(uuid.UUID)),
+        _Codec(name="decimal", python_type=decimal.Decimal, encode=str, decode=_text(decimal.Decimal)),
+        _Codec(
+            name="datetime",
+            python_type=datetime.datetime,
+            encode=datetime.datetime.isoformat,
+            decode=_text(datetime.datetime.fromisoformat),
+        ),
+        _Codec(
+            name="date",
+            python_type=datetime.date,
+            encode=datetime.date.isoformat,
+            decode=_text(datetime.date.fromisoformat),
+        ),
+        _Codec(
+            name="time",
+            python_type=datetime.time,
+            encode=datetime.time.isoformat,
+            decode=_text(datetime.time.fromisoformat),
+        ),
+        _Codec(
+            name="timedelta",
+            python_type=datetime.timedelta,
+            encode=lambda value: value // _MICROSECOND,
+            decode=_interval,
+        ),
+        _Codec(
+            name="bytes",
+            python_type=bytes,
+            encode=lambda value: base64.b64encode(value).decode(),
+            decode=_text(lambda stored: base64.b64decode(stored, validate=True)),
+        ),
+    )
+}
+_BY_NAME = {codec.name: codec for codec in _BY_TYPE.values()}
+
+
+def _codec_of(column: sqlalchemy.ColumnElement[Any]) -> _Codec | None:
+    """Return how parts of this column are written; None where its type does not say what Python type it holds."""
+    try:
+        python_type = column.type.python_type
+    except NotImplementedError:
+        return None
+    if issubclass(python_type, enum.Enum):
+        members = python_type
+        return _Codec(
+            name="enum",
+            python_type=python_type,
+            encode=lambda member: member.name,
+            decode=_text(lambda name: members[name]),
+        )
+    return _BY_TYPE.get(python_type)
+
+
+def _decode(part: object, codec: _Codec | None) -> object:
+    if isinstance(part, dict) and part.keys() == {"$type", "value"}:
+        tagged = _BY_NAME.get(part["$type"]) if isinstance(part["$type"], str) else None
+        if tagged is None:
+            raise ValueError("a key's part of an unknown type")
+        return tagged.decode(part["value"])
+    if codec is None:
+        raise ValueError("a key's part without its type")
+    return codec.decode(part)
