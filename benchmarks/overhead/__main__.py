@@ -1,0 +1,204 @@
+"""``python -m benchmarks.overhead``: measure, print a table, and keep every figure if asked to."""
+
+import argparse
+import json
+import platform
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median, quantiles
+from threading import Event
+from time import perf_counter
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+from sqlalchemy import Engine, create_engine, make_url, text
+
+from benchmarks.overhead.job import URL, Base
+from benchmarks.overhead.load import send
+from tests.support.databases import DRIVERS, DatabaseUnderTest
+from tests.support.postgres import PostgresServer
+from tests.support.servers import Server
+
+SIDES = {
+    "by hand": "benchmarks.overhead.by_hand:application",
+    "durable=False": "benchmarks.overhead.with_aftercommit:in_memory",
+    "durable": "benchmarks.overhead.with_aftercommit:durable",
+}
+WARM_UP = 200
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Round:
+    """What one round on one application gave.
+
+    Attributes:
+        driver: SQLAlchemy's name of the driver.
+        side: Which application.
+        answered: Requests per second, from the first request to the last answer.
+        done: Requests per second, from the first request until the last task had taken effect.
+        waited: How long each task waited between the commit and its start, in ms, with *width* requests at once.
+        waited_alone: The same with one request at a time.
+    """
+
+    driver: str
+    side: str
+    answered: float
+    done: float
+    waited: list[float]
+    waited_alone: list[float]
+
+
+def main() -> None:
+    """Run the rounds and print what came out."""
+    options = arguments()
+    console = Console()
+    rounds: list[Round] = []
+    with PostgresServer(safe=not options.no_fsync) as postgres, console.status("") as status:
+        for driver in options.drivers:
+            for number in range(1, options.rounds + 1):
+                for side in options.sides:
+                    status.update(f"{driver}, round {number} of {options.rounds}, {side}")
+                    with database(driver, postgres) as target:
+                        rounds.append(run(target, side, options.requests, options.width))
+        versions = f"PostgreSQL {postgres.version}"
+    for table in (throughput(rounds, options), latency(rounds, options)):
+        console.print(table)
+    packages = ", ".join(f"{name} {version(name)}" for name in ("fastapi", "sqlalchemy", "uvicorn"))
+    console.print(
+        f"{options.rounds} rounds of {options.requests} requests, {options.width} at once; "
+        f"Python {platform.python_version()}, {packages}, {versions}, fsync {'off' if options.no_fsync else 'on'}"
+    )
+    if options.json:
+        options.json.write_text(json.dumps([asdict(one) for one in rounds]))
+
+
+def arguments() -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.overhead", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--requests", type=int, default=1000, help="per round and application")
+    parser.add_argument("--width", type=int, default=8, help="requests at once")
+    parser.add_argument("--drivers", nargs="+", choices=DRIVERS, default=DRIVERS)
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=tuple(SIDES), help="the first is the measure")
+    parser.add_argument("--no-fsync", action="store_true", help="a PostgreSQL that need not wait for the disk")
+    parser.add_argument("--json", type=Path, help="keep every figure in this file")
+    return parser.parse_args()
+
+
+@contextmanager
+def database(driver: str, postgres: PostgresServer) -> Iterator[DatabaseUnderTest]:
+    """Give a database with the applications' table in it."""
+    if driver in {"psycopg", "asyncpg"}:
+        with postgres.database() as name:
+            yield prepared(DatabaseUnderTest(url=postgres.url(name, driver=driver), driver=driver))
+    else:
+        with tempfile.TemporaryDirectory(prefix="aftercommit-bench-") as directory:
+            yield prepared(DatabaseUnderTest(url=f"sqlite+{driver}:///{directory}/bench.db", driver=driver))
+
+
+def prepared(target: DatabaseUnderTest) -> DatabaseUnderTest:
+    """Make the table."""
+    engine = create_engine(target.sync_url)
+    Base.metadata.create_all(engine)
+    engine.dispose()
+    return target
+
+
+def run(target: DatabaseUnderTest, side: str, requests: int, width: int) -> Round:
+    """Run one round on a fresh server."""
+    onlooker = create_engine(target.sync_url)
+    arguments = ("--factory", "--no-access-log")
+    with Server(SIDES[side], env={URL: target.url}, arguments=arguments) as server:
+        jobs = f"{server.url}/jobs"
+        send(jobs, times=WARM_UP, width=width)
+        wait(onlooker, WARM_UP)
+        httpx.get(f"{server.url}/waited")
+
+        start = perf_counter()
+        send(jobs, times=requests, width=width)
+        answered = perf_counter() - start
+        wait(onlooker, WARM_UP + requests)
+        done = perf_counter() - start
+        waited = httpx.get(f"{server.url}/waited").json()
+
+        send(jobs, times=WARM_UP, width=1)
+        wait(onlooker, WARM_UP + requests + WARM_UP)
+        waited_alone = httpx.get(f"{server.url}/waited").json()
+        server.stop()
+    onlooker.dispose()
+    return Round(
+        driver=make_url(target.url).get_driver_name(),
+        side=side,
+        answered=requests / answered,
+        done=requests / done,
+        waited=waited,
+        waited_alone=waited_alone,
+    )
+
+
+def wait(onlooker: Engine, number: int) -> None:
+    """Wait until the database says that *number* jobs are done."""
+    pause = Event()
+    for _ in range(30_000):
+        with onlooker.connect() as connection:
+            done = connection.scalar(text("SELECT count(*) FROM job WHERE is_done"))
+        if done == number:
+            return
+        pause.wait(0.002)
+    raise TimeoutError(f"{done} of {number} jobs were done after a minute.")
+
+
+def throughput(rounds: list[Round], options: argparse.Namespace) -> Table:
+    """Draw the table of requests per second, and of ratios to the first side."""
+    first, *others = options.sides
+    table = Table(title="Requests with one task per second, until the last task took effect")
+    table.add_column("driver")
+    table.add_column(first, justify="right")
+    for side in others:
+        table.add_column(side, justify="right")
+        table.add_column("ratio (worst – best round)", justify="right")
+    for driver in options.drivers:
+        measure = figures(rounds, driver, first)
+        row = [driver, f"{median(measure):.0f}"]
+        for side in others:
+            values = figures(rounds, driver, side)
+            ratios = [value / base for value, base in zip(values, measure, strict=True)]
+            row += [f"{median(values):.0f}", f"{median(ratios):.2f}  ({min(ratios):.2f} – {max(ratios):.2f})"]
+        table.add_row(*row)
+    return table
+
+
+def figures(rounds: list[Round], driver: str, side: str) -> list[float]:
+    """Return one side's requests per second, round by round."""
+    return [one.done for one in rounds if (one.driver, one.side) == (driver, side)]
+
+
+def latency(rounds: list[Round], options: argparse.Namespace) -> Table:
+    """Draw the table of waits between commit and start."""
+    table = Table(title="From the commit to the start of the task, in ms: median / 99th percentile")
+    table.add_column("driver")
+    for side in options.sides:
+        table.add_column(f"{side}, one at a time", justify="right")
+        table.add_column(f"{options.width} at once", justify="right")
+    for driver in options.drivers:
+        row = [driver]
+        for side in options.sides:
+            ours = [one for one in rounds if (one.driver, one.side) == (driver, side)]
+            row.append(spread([ms for one in ours for ms in one.waited_alone]))
+            row.append(spread([ms for one in ours for ms in one.waited]))
+        table.add_row(*row)
+    return table
+
+
+def spread(waits: list[float]) -> str:
+    """Return median and 99th percentile."""
+    return f"{median(waits):.1f} / {quantiles(waits, n=100)[98]:.1f}"
+
+
+if __name__ == "__main__":
+    main()
