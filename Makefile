@@ -43,16 +43,23 @@ chromium: $(READY)
 clean: ## Remove the virtual environment and all caches
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
+# Debian's python3 leaves venv to a package of its own.
+define VENV_FROM_DEBIAN
+{ test "$$(id -u)" = 0 && command -v apt-get >/dev/null && apt-get update -q && \
+	apt-get install -q --yes python3-venv && $(PYTHON) -m venv --clear $(VENV); }
+endef
+
 # Every extra and every group, so that no test is left out. Groups need pip 25.1, hence its upgrade.
 # The stamp comes last: a set-up that was interrupted is done again.
 $(READY): $(PROJECTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "aftercommit needs Python 3.11 or later; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
-	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
-		echo 'Python came without venv. On Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
-	$(PY) -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
+	@echo 'Setting up $(VENV). This is done once, and again when pyproject.toml changes.'
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV) || $(VENV_FROM_DEBIAN) || { rm -rf $(VENV); \
+		echo 'This Python came without venv. On Debian and Ubuntu: apt-get install python3-venv' >&2; exit 1; }
+	@$(PY) -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	@$(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
 		print("--editable\n.[" + ",".join(p["project"]["optional-dependencies"]) + "]"); \
 		[print("--group\n" + g) for g in p["dependency-groups"]]' > $(VENV)/.wanted
-	xargs $(PY) -m pip install --quiet < $(VENV)/.wanted
+	@xargs $(PY) -m pip install --quiet < $(VENV)/.wanted
 	@for checker in $(filter checker/%,$(PROJECTS)); do $(PY) -m pip install --quiet --editable $${checker%/*}; done
 	@touch $@
