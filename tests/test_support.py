@@ -1,5 +1,6 @@
 """The ground that the tests stand on holds."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -226,3 +227,28 @@ def test_application_that_does_not_start_on_a_thread():
 def test_ci_is_a_variable(value, expected):
     """CI=true is what forbids leaving tests out."""
     assert chromium.is_ci({"CI": value}) is expected
+
+
+@pytest.mark.parametrize(("is_ci", "code"), [(False, 0), (True, 1)])
+def test_missing_chromium_is_said_loudly_and_fails_ci(monkeypatch, capsys, is_ci, code):
+    """Where Chromium cannot be had, `make test` says what is left out; in CI it does not go on."""
+    monkeypatch.setattr(chromium, "find", lambda: None)
+    monkeypatch.setattr(chromium, "may_install", lambda: False)
+    monkeypatch.setattr(chromium, "is_ci", lambda: is_ci)
+
+    assert chromium.main() == code
+
+    assert "LEFT OUT" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("variable", "outcome"), [("", "1 skipped"), ("true", "1 failed")])
+def test_nothing_is_left_out_in_ci(tmp_path, variable, outcome):
+    """A test that skips itself passes unnoticed at home, and fails in CI."""
+    (tmp_path / "test_skipping.py").write_text("import pytest\n\ndef test_one():\n    pytest.skip('no reason')\n")
+    command = [sys.executable, "-m", "pytest", "-p", "tests.conftest", "-c", "pyproject.toml", str(tmp_path)]
+
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, "CI": variable}, capture_output=True, text=True, check=False
+    )
+
+    assert outcome in done.stdout
