@@ -6,6 +6,7 @@ Pure: time and randomness are arguments. What a database error means stands in `
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -13,7 +14,6 @@ from aftercommit.errors import CommitWithoutCheckpoint, ConfigurationError, Lost
 from aftercommit.tasks.transient import Fault, describe, fault_of, is_disconnect
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
     from random import Random
 
 __all__ = ["Again", "GiveUp", "Repeats", "Retry", "backoff", "decide"]
@@ -68,7 +68,7 @@ class Retry:
             raise ConfigurationError(
                 f"Retry(base={base!r}, cap={cap!r}): both are seconds, finite, with 0 <= base <= cap."
             )
-        classes = (on,) if isinstance(on, type) else tuple(on)
+        classes = tuple(on) if isinstance(on, Iterable) else (on,)
         for kind in classes:
             if not _is_error_class(kind):
                 raise ConfigurationError(

@@ -44,8 +44,8 @@ class Fault(enum.Enum):
     (prepared before a migration), an SQLite file opened read-only. Drop it and run again, once."""
 
     IDLE = "idle"
-    """Killed for being idle or open too long: 25P03, 25P04, 57P05. An attempt. Seen as ``CONNECTION`` where the
-    driver does not tell: asyncpg, mostly."""
+    """Killed for being idle or open too long: 25P03, 25P04, 57P05. An attempt. asyncpg tells only where a statement
+    was running, and raises what is seen as ``CONNECTION`` elsewhere: an attempt as well."""
 
     UNIQUE = "unique"
     """A row is there already: 23505, 23P01, SQLite's unique and primary keys. Deserves a few tries: two runs that
@@ -133,6 +133,8 @@ _SQLITE_NAMES: Final = {
 
 _DRIVERS: Final = frozenset({"psycopg", "asyncpg", "sqlite3"})
 _INTERFACE_ERRORS: Final = frozenset({("asyncpg", "InterfaceError"), ("sqlalchemy", "InterfaceError")})
+_ALIVE: Final = frozenset({Fault.CONFLICT, Fault.UNIQUE, Fault.PERMANENT})
+_CONNECTING: Final = frozenset({("asyncpg.connection", "connect"), ("asyncpg.connect_utils", "_connect")})
 
 
 # --- the verdict ------------------------------------------------------------------------------------------------
@@ -209,20 +211,21 @@ def _database(link: BaseException, unit: list[BaseException]) -> _Verdict:
     invalidated = isinstance(link, exc.DBAPIError) and link.connection_invalidated
     fault = _fault_of_code(code) if code else None
     if fault is None:
-        fault = Fault.CONNECTION if invalidated or any(map(_is_lost, unit)) else Fault.PERMANENT
+        lost = invalidated or (code is None and any(map(_is_lost, unit)))
+        fault = Fault.CONNECTION if lost else Fault.PERMANENT
     # Class 53 and a full disk say that the server lacks something: the connection is as good as before.
-    lost = fault is Fault.CONNECTION and not (code or "").startswith(("53", "SQLITE_FULL"))
-    return _Verdict(fault=fault, drop=invalidated or lost or fault in {Fault.STALE, Fault.IDLE}, link=link)
+    alive = fault in _ALIVE or (code or "").startswith(("53", "SQLITE_FULL"))
+    return _Verdict(fault=fault, drop=invalidated or not alive, link=link)
 
 
 def _network(link: OSError) -> _Verdict | None:
     """An OSError is the database's if asyncpg met it, which raises it bare; else it is the application's own."""
-    modules = set(_modules(link.__traceback__))
-    if not any(module.partition(".")[0] == "asyncpg" for module in modules):
+    places = set(_places(link.__traceback__))
+    if not any(module.partition(".")[0] == "asyncpg" for module, _ in places):
         return None
-    # asyncpg's `command_timeout`, which is what 57014 is on the server, and its `timeout` of connecting are told
-    # apart by the place alone.
-    permanent = isinstance(link, TimeoutError) and "asyncpg.connect_utils" not in modules
+    # The time limit of connecting passes by itself; `command_timeout` is what 57014 is on the server. The two are
+    # told apart by the place alone.
+    permanent = isinstance(link, TimeoutError) and not places & _CONNECTING
     return _Verdict(fault=Fault.PERMANENT if permanent else Fault.CONNECTION, drop=True, link=link)
 
 
@@ -242,16 +245,19 @@ def _unit(link: BaseException) -> list[BaseException]:
     unit = [link]
     if isinstance(link, exc.DBAPIError) and link.orig is not None:
         unit.append(link.orig)
-    # The adapter loses the code of 0A000 (SQLAlchemy 2.0 and 2.1, InvalidCachedStatementError).
-    cause = unit[-1].__cause__
-    if cause is not None and _is_drivers(unit[-1]) and _is_drivers(cause):
+    # SQLAlchemy's adapter loses the code of asyncpg's InvalidCachedStatementError (2.0 and 2.1), and asyncpg itself
+    # (0.32) raises 08003 from what the server said before it closed the connection.
+    while _is_drivers(unit[-1]):
+        cause = unit[-1].__cause__
+        if cause is None or cause in unit or not _is_drivers(cause):
+            break
         unit.append(cause)
     return unit
 
 
 def _code(unit: list[BaseException]) -> str | None:
-    """The SQLSTATE, or SQLite's name of the code."""
-    for error in unit:
+    """The SQLSTATE, or SQLite's name of the code, from as far inside as there is one."""
+    for error in reversed(unit):
         for name in ("sqlstate", "sqlite_errorname"):
             code = getattr(error, name, None)
             if isinstance(code, str):
@@ -282,7 +288,9 @@ def _is_lost(error: BaseException) -> bool:
     return bool(names & _INTERFACE_ERRORS) and "connection is closed" in str(error)
 
 
-def _modules(traceback: TracebackType | None) -> Iterator[str]:
+def _places(traceback: TracebackType | None) -> Iterator[tuple[str, str]]:
+    """The module and the function of every frame that an error came through."""
     while traceback is not None:
-        yield str(traceback.tb_frame.f_globals.get("__name__", ""))
+        frame = traceback.tb_frame
+        yield str(frame.f_globals.get("__name__", "")), frame.f_code.co_name
         traceback = traceback.tb_next
