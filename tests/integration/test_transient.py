@@ -444,7 +444,7 @@ PREPARE_ALWAYS = {"psycopg": {"prepare_threshold": 0}, "asyncpg": {}}
 @postgres_drivers
 @pytest.mark.usefixtures("table")
 def test_a_plan_from_before_a_migration_is_stale(database):
-    """0A000 "cached plan must not change result type", whose code SQLAlchemy's adapter for asyncpg loses."""
+    """0A000 "cached plan must not change result type", whose code SQLAlchemy 2.1 loses on its way from asyncpg."""
 
     def body(engine):
         with engine.connect() as connection, rival(database) as other:
@@ -458,8 +458,6 @@ def test_a_plan_from_before_a_migration_is_stale(database):
     assert fault_of(error) is Fault.STALE
     assert is_disconnect(error)
     assert "0A000" in describe(error)
-    assert isinstance(error, exc.DBAPIError)
-    assert (getattr(error.orig, "sqlstate", None) is None) is (database.driver == "asyncpg")
 
 
 @postgres_drivers

@@ -478,6 +478,15 @@ def test_a_group_is_what_all_its_members_agree_upon():
     assert fault_of(BaseExceptionGroup("two", [CONFLICT, asyncio.CancelledError()])) is Fault.APPLICATION
 
 
+def test_what_the_server_said_last_weighs_more_than_the_closed_connection():
+    """The driver says 08003, from the error with which the server closed it."""
+    closed, reason = psycopg_error("08003", "ConnectionDoesNotExist"), psycopg_error("25P04", "TransactionTimeout")
+    closed.__cause__ = reason
+
+    assert fault_of(closed) is fault_of(wrapped(closed)) is Fault.IDLE
+    assert describe(wrapped(closed)) == "TransactionTimeout (25P04)"
+
+
 def test_a_circle_of_causes_ends():
     """Python allows it, and somebody's framework makes one."""
     first, second = RuntimeError(), RuntimeError()
@@ -487,10 +496,12 @@ def test_a_circle_of_causes_ends():
 
 
 def test_an_error_in_preparing_a_statement_is_seen_through():
-    """StatementError wraps what a type's own code raised; that is no database error."""
+    """StatementError wraps what a type's own code raised; a database error only if that was one."""
     error = exc.StatementError("wrapped", "SELECT 1", {}, ValueError("not a colour"))
+    of_a_default = exc.StatementError("wrapped", "SELECT 1", {}, CONFLICT)
 
     assert fault_of(error) is Fault.APPLICATION
+    assert fault_of(of_a_default) is Fault.CONFLICT
 
 
 def test_a_pickled_error_means_the_same():

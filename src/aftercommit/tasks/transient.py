@@ -159,14 +159,10 @@ def _verdict(error: BaseException) -> _Verdict:
     verdict = _Verdict(fault=Fault.APPLICATION, drop=False, link=error)
     for link in _chain(error):
         found = _own(link)
-        if found is None:
-            continue
-        if found.fault is not Fault.PERMANENT:
+        if found is not None and found.fault is not Fault.PERMANENT:
             return found
-        if link is error:
+        if found is not None and link is error:
             verdict = found
-        if not _is_aftermath(link):
-            break
     return verdict
 
 
@@ -245,8 +241,8 @@ def _unit(link: BaseException) -> list[BaseException]:
     unit = [link]
     if isinstance(link, exc.DBAPIError) and link.orig is not None:
         unit.append(link.orig)
-    # SQLAlchemy's adapter loses the code of asyncpg's InvalidCachedStatementError (2.0 and 2.1), and asyncpg itself
-    # (0.32) raises 08003 from what the server said before it closed the connection.
+    # SQLAlchemy's adapter loses the code of asyncpg's InvalidCachedStatementError (2.1.9; 2.0.40 does not), and
+    # asyncpg itself (0.32) raises 08003 from what the server said before it closed the connection.
     while _is_drivers(unit[-1]):
         cause = unit[-1].__cause__
         if cause is None or cause in unit or not _is_drivers(cause):
