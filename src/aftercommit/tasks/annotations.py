@@ -114,8 +114,8 @@ def _scope(function: Callable[..., Any]) -> dict[str, Any]:
     """The names that annotations may use: the module's, and those that the function has closed over."""
     inner: Any = inspect.unwrap(function)
     inner = getattr(inner, "__func__", inner)
-    if not hasattr(inner, "__globals__"):
-        inner = getattr(type(inner), "__call__", inner)
+    if not isinstance(inner, types.FunctionType):
+        inner = getattr(type(inner), "__call__", inner)  # noqa: B004 - not whether it is callable: what is called
     scope = dict(getattr(inner, "__globals__", {}))
     code = getattr(inner, "__code__", None)
     for name, cell in zip(code.co_freevars if code else (), getattr(inner, "__closure__", None) or (), strict=False):
@@ -165,7 +165,7 @@ class Rewriter:
         self._where = f"task {task!r}: parameter `{parameter}`"
         self._aliases: set[int] = set()
 
-    def rewrite(self, hint: Any) -> Any:
+    def rewrite(self, hint: Any) -> Any:  # noqa: PLR0911 - one for each kind of annotation
         """Return *hint* for Pydantic: the same object where nothing had to be changed.
 
         Raises:
@@ -228,7 +228,7 @@ class Rewriter:
         some = [member for member in members if member is not types.NoneType]
         if len(some) > 1 and (len(self.rows) > before or not _are_told_apart_by_json(some)):
             return Annotated[Any, TaggedUnion(arguments, members)]
-        return hint if all(map(_is, members, arguments)) else Union[members]
+        return hint if all(map(_is, members, arguments)) else Union[members]  # noqa: UP007 - made at run time
 
     def _generic(self, hint: Any, origin: Any, arguments: tuple[Any, ...]) -> Any:
         before = len(self.rows)
@@ -295,7 +295,7 @@ class TaggedUnion:
             while label in self._members:
                 label = f"{base}#{len(self._members)}"
             self._members[label] = Fields({"value": member})
-        self._plain = Fields({"value": Union[members]})
+        self._plain = Fields({"value": Union[members]})  # noqa: UP007 - made at run time
 
     def __get_pydantic_core_schema__(self, source: object, handler: object) -> core_schema.CoreSchema:
         """Write with a tag, read by it."""

@@ -19,7 +19,7 @@ import threading
 import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 from uuid import UUID
 
 import pydantic
@@ -58,6 +58,10 @@ _WITHOUT_VALUES = frozenset(
         "decimal",
     ]
 ) | {"missing", "enum", "literal_error", "int_parsing", "int_from_float", "uuid_parsing", "decimal_parsing"}
+
+
+# What validators raise, Pydantic's and the user's. Not what the database does: that may pass by itself.
+_READING = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 
 
 class _Parameter:
@@ -102,18 +106,23 @@ class _Parameter:
             row = _Row(self._row, value, self.name)
             self._check_row(row, session)
             return [f"{self._quoted}:", row]
-        if type(value) is self._scalar:
-            if self._scalar is str and value.isascii():
-                return [f"{self._quoted}:{json.dumps(value)}"]
-            if self._scalar is int and -_INT64 <= value < _INT64:
-                return [f"{self._quoted}:{value}"]
-            if self._scalar is bool:
-                return [f"{self._quoted}:{'true' if value else 'false'}"]
-            if self._scalar is UUID:
-                return [f'{self._quoted}:"{value}"']
-        if value is None and self._optional and (self._row or self._scalar):
-            return [f"{self._quoted}:null"]
+        text = self._plain(value)
+        if text is not None:
+            return [f"{self._quoted}:{text}"]
         return self._write_by_pydantic(value, session)
+
+    def _plain(self, value: Any) -> str | None:
+        if value is None:
+            return "null" if self._optional and (self._row or self._scalar) else None
+        if type(value) is not self._scalar:
+            return None
+        if self._scalar is str:
+            return json.dumps(value) if value.isascii() else None  # lone surrogates are Pydantic's to find
+        if self._scalar is int:
+            return str(value) if -_INT64 <= value < _INT64 else None
+        if self._scalar is bool:
+            return "true" if value else "false"
+        return f'"{value}"'
 
     # --- by Pydantic --------------------------------------------------------------------------------------------
 
@@ -133,19 +142,18 @@ class _Parameter:
         """Return the JSON from which *value* comes back the same."""
         # Fields that were never set stay so where that is exact: `model_dump(exclude_unset=True)` in the task is
         # what it would be here. Where it is not (a default that is made anew each time), they are written.
+        failed: Difference | Exception | None = None
         for unset in (True, False):
             try:
                 text = self.fields.dump({self.name: value}, context, exclude_unset=unset)
                 back = self.fields.load(text, context)[self.name]
             except (PydanticSerializationError, ValueError, RecursionError) as exc:
-                failed: Difference | Exception | None = exc
+                failed = exc
                 continue
             failed = difference(value, back, unset=unset)
             if failed is None:
                 return text.decode()
-        if isinstance(failed, Exception):
-            self._explain_failure(value, context, failed)
-        self._explain_difference(failed)
+        raise self._inexact(failed, value, context)
 
     def _pieces(self, text: str, value: Any, context: Writing, session: Session | None) -> list[str | _Row]:
         if not context.rows:
@@ -171,42 +179,56 @@ class _Parameter:
 
     # --- refusals -----------------------------------------------------------------------------------------------
 
-    def _explain_failure(self, value: Any, context: Writing, exc: Exception) -> NoReturn:
+    def _inexact(self, failed: Difference | Exception | None, value: Any, context: Writing) -> UnsafeArgument:
+        if isinstance(failed, Exception):
+            return self._explain_failure(value, context, failed)
+        return self._explain_difference(failed or ((), value, value))
+
+    def _explain_failure(self, value: Any, context: Writing, exc: Exception) -> UnsafeArgument:
         """Say where *value* does not fit its annotation. Pydantic's own text would show the value: not chained."""
         path, inside, wanted = self.name, value, f"`{_spelled(self.annotation)}` is asked for"
         if isinstance(exc, RecursionError) or "Circular reference" in str(exc):
-            raise self._refused(path, f"{describe(value)} that contains itself", "pass it without the circle")
-        try:
-            self.fields.check({self.name: value}, context)
-        except pydantic.ValidationError as invalid:
+            return self._refused(path, f"{describe(value)} that contains itself", "pass it without the circle")
+        invalid = self._invalid(value, context) or (exc if isinstance(exc, pydantic.ValidationError) else None)
+        if invalid is not None:
             first = invalid.errors(include_url=False, include_context=False, include_input=False)[0]
             steps, inside = _follow(value, first["loc"][1:])
             path = spell(self.name, steps)
-            if first["type"] not in {"value_error", "assertion_error"}:
+            if first["type"] == "missing":
+                wanted = f"its `{first['loc'][-1]}` is required, and is left out of its JSON"
+            elif first["type"] not in {"value_error", "assertion_error"}:
                 wanted = f"{first['msg'][0].lower()}{first['msg'][1:]}"
-        except Exception:  # noqa: BLE001, S110 - a validator of the user's: only the path is less exact then
-            pass
         special = _special(inside)
         if special is not None:
-            raise self._refused(path, *special) from None
-        raise self._refused(
+            return self._refused(path, *special)
+        return self._refused(
             path,
             f"{describe(inside)} that does not become JSON by its annotation, `{_spelled(self.annotation)}` ({wanted})",
             "nothing is converted on the way: pass that type, or annotate the parameter with the type you pass",
-        ) from None
+        )
 
-    def _explain_difference(self, found: Difference | None) -> NoReturn:
-        steps, sent, back = found or ((), None, None)
+    def _invalid(self, value: Any, context: Writing) -> pydantic.ValidationError | None:
+        """Return what a strict look at *value* finds: unlike serialization, it knows the place."""
+        try:
+            self.fields.check({self.name: value}, context)
+        except pydantic.ValidationError as invalid:
+            return invalid
+        except Exception:  # noqa: BLE001 - a validator of the user's: only the path is less exact then
+            return None
+        return None
+
+    def _explain_difference(self, found: Difference) -> UnsafeArgument:
+        steps, sent, back = found
         special = _special(sent)
         if special is not None:
-            raise self._refused(spell(self.name, steps), *special)
+            return self._refused(spell(self.name, steps), *special)
         if type(sent) is type(back):
             thing = f"{describe(sent)} that would arrive with another value (something in it is left out of its JSON)"
             remedy = "pass what the task needs as plain data"
         else:
             thing = f"{describe(sent)} that would arrive as {describe(back)}"
             remedy = f"annotate it with the type you pass, or pass a {describe(back)}: nothing is converted on the way"
-        raise self._refused(spell(self.name, steps), thing, remedy)
+        return self._refused(spell(self.name, steps), thing, remedy)
 
     def _refused(self, path: str, thing: str, remedy: str, *, code: str = "AC109") -> UnsafeArgument:
         return UnsafeArgument(
@@ -349,7 +371,7 @@ class ArgumentPlan:
             stored = from_json(text)
             unknown = stored.keys() - made.parameters.keys() if isinstance(stored, dict) else set[str]()
             values = {} if unknown else made.fields.load(text, Loading(session, self._task, run_id))
-        except (ValueError, RecursionError) as exc:
+        except _READING as exc:
             raise PayloadError(
                 f"task {self._task!r}: its stored arguments do not fit its signature: {_problems(exc)}. They were "
                 "changed, or the task was, after they were stored.",
@@ -499,7 +521,7 @@ def _special(value: object) -> tuple[str, str] | None:
 def _problems(exc: Exception) -> str:
     """Return what Pydantic found, at most three of it, without the values."""
     if not isinstance(exc, pydantic.ValidationError):
-        return type(exc).__name__
+        return "this is not JSON" if type(exc) is ValueError else f"reading them raised {type(exc).__name__}"
     errors = exc.errors(include_url=False, include_context=False, include_input=False)
     spelled = []
     for error in errors[:3]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import datetime
+import datetime as dt
+import decimal
+import uuid
 from collections import deque
 from collections.abc import Mapping
 from typing import Any
@@ -18,9 +20,10 @@ __all__ = ["Difference", "difference"]
 Difference = tuple[tuple[str, ...], object, object]
 
 _SCALARS = (str, int, float, bytes)
+_VALUES = frozenset({dt.datetime, dt.date, dt.time, dt.timedelta, decimal.Decimal, uuid.UUID, bytes, str})
 
 
-def difference(sent: object, back: object, *, unset: bool = True) -> Difference | None:
+def difference(sent: object, back: object, *, unset: bool = True) -> Difference | None:  # noqa: PLR0911 - one for each kind
     """Return where *back* is not what *sent* was, None where they are the same.
 
     Args:
@@ -35,7 +38,10 @@ def difference(sent: object, back: object, *, unset: bool = True) -> Difference 
         # True for an int, 1 for a float, a StrEnum for a str: what Python's own types call the same. Never "1" for 1.
         alike = isinstance(sent, type(back)) or (type(back) is float and isinstance(sent, int))
         return None if alike and sent == back else ((), sent, back)
-    if cls is not type(back) or is_mapped_type(cls):
+    if cls is not type(back) and next((base for base in cls.__mro__ if base in _VALUES), None) is not type(back):
+        # A subclass of a plain value is that value: asyncpg's UUID, a datetime of freezegun's. No datetime is a date.
+        return (), sent, back
+    if is_mapped_type(cls):
         return (), sent, back
     if isinstance(sent, Mapping) and isinstance(back, Mapping):
         return _of_mappings(sent, back, unset=unset)
@@ -51,16 +57,17 @@ def difference(sent: object, back: object, *, unset: bool = True) -> Difference 
 
 def _is_equal(sent: Any, back: Any) -> bool:
     try:
-        if isinstance(sent, (datetime.datetime, datetime.time)):
+        if isinstance(sent, (dt.datetime, dt.time)):
             # By the clock on the wall and its offset: Python calls no two times of an hour that comes twice equal.
             walls = sent.replace(tzinfo=None, fold=0) == back.replace(tzinfo=None, fold=0)
             zones = (sent.tzinfo is None) == (back.tzinfo is None)
             return bool(walls and zones and sent.utcoffset() == back.utcoffset())
         if isinstance(sent, (set, frozenset)) and {type(item) for item in sent} != {type(item) for item in back}:
             return False
-        return (sent == back) is True  # numpy answers with an array
+        answer = sent == back
     except Exception:  # noqa: BLE001 - a comparison of the user's: one that fails has not found them equal
         return False
+    return answer is True  # numpy answers with an array
 
 
 def _of_mappings(sent: Mapping[Any, Any], back: Mapping[Any, Any], *, unset: bool) -> Difference | None:

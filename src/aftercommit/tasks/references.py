@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-import datetime
+import datetime as dt
 import decimal
 import enum
 import json
@@ -24,7 +24,7 @@ from pydantic_core import PydanticSerializationUnexpectedValue, core_schema
 from sqlalchemy.orm import InstanceState, Mapper, Session
 
 from aftercommit.errors import HandOverError, PayloadError, RowGone
-from aftercommit.tasks.unsafe import key_hint
+from aftercommit.tasks.unsafe import key_hint, variable_hint
 
 __all__ = ["Loading", "RowType", "Writing", "row_token"]
 
@@ -94,32 +94,32 @@ class RowType:
         """Return why *instance* cannot be handed over by *session*, and what to do; None if it can. Loads nothing."""
         state: InstanceState[Any] = sqlalchemy.inspect(instance)
         owner = state.session
-        variable = key_hint(self.cls).lstrip("(").partition(".")[0]
+        if state.was_deleted or (owner is not None and state.key is not None and instance in owner.deleted):
+            return _DELETED
+        # Detached with an identity: whatever else it holds is left here, and its row was committed or read once
+        # (a rollback takes the identity away again). Its key is all that is needed.
         if owner is None:
-            if state.was_deleted:
-                return _DELETED
-            if state.key is None:
-                return (
-                    "is in no session, so that nothing would ever write its row",
-                    f"`session.add({variable})` first, or pass plain data",
-                )
-            # Detached with an identity: whatever else it holds is left here, and its row was committed or read once
-            # (a rollback takes the identity away again). Its key is all that is needed.
+            return self._transient() if state.key is None else None
+        if owner is session:
             return None
         if session is None:
             return (
                 "belongs to a session whose transaction this hand-over does not wait for",
                 f"hand over with that session, or pass the key, `{key_hint(self.cls)}`",
             )
-        if owner is not session:
-            return (
-                "belongs to another session than the one that hands over, so that this commit says nothing about its row",
-                f"hand over with its own session, bring it in with `session.merge({variable})`, "
-                f"or pass the key, `{key_hint(self.cls)}`",
-            )
-        if state.was_deleted or (state.key is not None and instance in owner.deleted):
-            return _DELETED
-        return None
+        return (
+            "belongs to another session than the one that hands over, so that this commit says nothing of its row",
+            (
+                f"hand over with its own session, bring it in with `session.merge({variable_hint(self.cls)})`, "
+                f"or pass the key, `{key_hint(self.cls)}`"
+            ),
+        )
+
+    def _transient(self) -> tuple[str, str]:
+        return (
+            "is in no session, so that nothing would ever write its row",
+            f"`session.add({variable_hint(self.cls)})` first, or pass plain data",
+        )
 
     def write(self, instance: object, *, task: str, path: Callable[[], str]) -> str:
         """Return the reference to *instance*, by the identity it has now, as JSON."""
@@ -132,13 +132,13 @@ class RowType:
                 else "is not in the session any more (expunged, or its savepoint was rolled back): it has no row"
             )
             raise HandOverError(
-                f"task {task!r}: `{path()}`, a `{self.cls.__name__}`, {why}. The task could not load it. Keep it in the "
-                "session until the commit, or hand the task over in the savepoint that writes the row."
+                f"task {task!r}: `{path()}`, a `{self.cls.__name__}`, {why}. The task could not load it. Keep it in "
+                "the session until the commit, or hand the task over in the savepoint that writes the row."
             )
         if state.was_deleted:
             raise HandOverError(
-                f"task {task!r}: `{path()}`, a `{self.cls.__name__}`, was deleted after the hand-over, so that the task "
-                "could not load it. Pass plain data instead, or hand over no task."
+                f"task {task!r}: `{path()}`, a `{self.cls.__name__}`, was deleted after the hand-over, so that the "
+                "task could not load it. Pass plain data instead, or hand over no task."
             )
         return f'{{"$row":{json.dumps(state.mapper.class_.__name__)},"key":[{self._write_key(identity, task, path)}]}}'
 
@@ -147,18 +147,18 @@ class RowType:
             return str(identity[0])
         parts: list[str] = []
         for value, codec in zip(identity, self._codecs, strict=True):
-            if codec is not None and type(value) is codec.python_type:
-                parts.append(json.dumps(codec.encode(value)))
-                continue
-            own = _BY_TYPE.get(type(value)) or next((c for c in (_INT, _STR) if isinstance(value, c.python_type)), None)
-            if own is None or isinstance(value, enum.Enum):
+            # asyncpg's UUID is a subclass; a datetime is one of date, and is written as what it is.
+            found = (_BY_TYPE[base] for base in type(value).__mro__ if base in _BY_TYPE)
+            own = codec if codec is not None and type(value) is codec.python_type else next(found, None)
+            if own is None:
                 raise HandOverError(
                     f"task {task!r}: the key of `{path()}`, a `{self.cls.__name__}`, has a part of type "
                     f"`{type(value).__qualname__}`, which cannot be written exactly. Pass `{key_hint(self.cls)}` "
                     "in a form of your own and load the row in the task."
                 )
-            # The column says one type and holds another (a TypeDecorator): the value's own type is written down.
-            parts.append(json.dumps({"$type": own.name, "value": own.encode(value)}))
+            part = own.encode(value)
+            # Where the column says one type and holds another (a TypeDecorator), the value's own type stands beside it.
+            parts.append(json.dumps(part if own is codec else {"$type": own.name, "value": part}))
         return ",".join(parts)
 
     # --- load ---------------------------------------------------------------------------------------------------
@@ -260,7 +260,7 @@ def _text(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
     return decode
 
 
-_MICROSECOND = datetime.timedelta(microseconds=1)
+_MICROSECOND = dt.timedelta(microseconds=1)
 
 
 def _finite(stored: object) -> float:
@@ -269,7 +269,7 @@ def _finite(stored: object) -> float:
     return float(cast("float", stored))
 
 
-def _interval(stored: object) -> datetime.timedelta:
+def _interval(stored: object) -> dt.timedelta:
     if type(stored) is not int:
         raise ValueError("a key's part of the wrong type")
     try:
@@ -279,7 +279,7 @@ def _interval(stored: object) -> datetime.timedelta:
 
 
 _INT = _Codec(name="int", python_type=int, encode=int, decode=_plain(int))
-_STR = _Codec(name="str", python_type=str, encode=str, decode=_plain(str))
+_STR = _Codec(name="str", python_type=str, encode=str.__str__, decode=_plain(str))
 _BY_TYPE: dict[type, _Codec] = {
     codec.python_type: codec
     for codec in (
@@ -291,25 +291,25 @@ _BY_TYPE: dict[type, _Codec] = {
         _Codec(name="decimal", python_type=decimal.Decimal, encode=str, decode=_text(decimal.Decimal)),
         _Codec(
             name="datetime",
-            python_type=datetime.datetime,
-            encode=datetime.datetime.isoformat,
-            decode=_text(datetime.datetime.fromisoformat),
+            python_type=dt.datetime,
+            encode=dt.datetime.isoformat,
+            decode=_text(dt.datetime.fromisoformat),
         ),
         _Codec(
             name="date",
-            python_type=datetime.date,
-            encode=datetime.date.isoformat,
-            decode=_text(datetime.date.fromisoformat),
+            python_type=dt.date,
+            encode=dt.date.isoformat,
+            decode=_text(dt.date.fromisoformat),
         ),
         _Codec(
             name="time",
-            python_type=datetime.time,
-            encode=datetime.time.isoformat,
-            decode=_text(datetime.time.fromisoformat),
+            python_type=dt.time,
+            encode=dt.time.isoformat,
+            decode=_text(dt.time.fromisoformat),
         ),
         _Codec(
             name="timedelta",
-            python_type=datetime.timedelta,
+            python_type=dt.timedelta,
             encode=lambda value: value // _MICROSECOND,
             decode=_interval,
         ),

@@ -7,8 +7,9 @@ runs no code of the user's and loads nothing lazily.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import datetime
+import datetime as dt
 import decimal
 import functools
 import io
@@ -231,12 +232,12 @@ _BY_BASE: tuple[tuple[tuple[type, ...], Unsafe], ...] = (
 _ATOMS = frozenset(
     {
         int, str, float, bool, bytes, bytearray, complex, type(None), type(Ellipsis), type, range, memoryview,
-        datetime.datetime, datetime.date, datetime.time, datetime.timedelta, decimal.Decimal, uuid.UUID, re.Pattern,
+        dt.datetime, dt.date, dt.time, dt.timedelta, decimal.Decimal, uuid.UUID, re.Pattern,
         types.ModuleType, types.BuiltinFunctionType, pydantic.SecretStr, pydantic.SecretBytes,
     }
 )  # fmt: skip
 _ATOM_BASES = (
-    type, Enum, datetime.date, datetime.time, datetime.tzinfo, pathlib.PurePath, logging.Logger, logging.LoggerAdapter,
+    type, Enum, dt.date, dt.time, dt.tzinfo, uuid.UUID, pathlib.PurePath, logging.Logger, logging.LoggerAdapter,
     ipaddress.IPv4Address, ipaddress.IPv6Address, types.ModuleType,
 )  # fmt: skip
 
@@ -245,6 +246,8 @@ _seen_types: weakref.WeakKeyDictionary[type, Unsafe | None] = weakref.WeakKeyDic
 # More objects than this are never looked at: a payload that large is refused for its size, and what else is reached
 # (a closure over half of an application) cannot be written as JSON either.
 _MOST_OBJECTS = 200_000
+
+_WRITTEN_IN_PYTHON = 1 << 9  # Py_TPFLAGS_HEAPTYPE
 
 
 def recognise(cls: type) -> Unsafe | None:
@@ -257,26 +260,27 @@ def recognise(cls: type) -> Unsafe | None:
 
 
 def _recognise(cls: type) -> Unsafe | None:
-    for bases, kind in _BY_BASE:
-        if issubclass(cls, bases):
-            return kind
-    for base in cls.__mro__:
-        name = base.__name__
-        package = (getattr(base, "__module__", None) or "").partition(".")[0]
-        for names, kind in _BY_NAME.get(package, ()):
-            if name in names:
-                return kind
-        if package in _DRIVERS or name.startswith("AsyncAdapt_"):
-            lowered = name.lower()
-            if "cursor" in lowered:
-                return _CURSOR
-            if "connection" in lowered or lowered.endswith("pool"):
-                return _CONNECTION
-            if "transaction" in lowered:
-                return _TRANSACTION
+    named = next((kind for base in cls.__mro__ for kind in _by_name(base)), None)
+    based = next((kind for bases, kind in _BY_BASE if issubclass(cls, bases)), None)
+    if named or based:
+        return named or based
     if hasattr(cls, "__next__") or hasattr(cls, "__anext__"):
         return _GENERATOR
     return _COROUTINE if hasattr(cls, "__await__") else None
+
+
+def _by_name(base: type) -> Iterator[Unsafe]:
+    name = base.__name__
+    package = (getattr(base, "__module__", None) or "").partition(".")[0]
+    yield from (kind for names, kind in _BY_NAME.get(package, ()) if name in names)
+    if package in _DRIVERS or name.startswith("AsyncAdapt_"):
+        lowered = name.lower()
+        if "cursor" in lowered:
+            yield _CURSOR
+        if "connection" in lowered or lowered.endswith("pool"):
+            yield _CONNECTION
+        if "transaction" in lowered:
+            yield _TRANSACTION
 
 
 def is_mapped_type(cls: object) -> bool:
@@ -311,7 +315,7 @@ def find_unsafe(value: object, *, rows: tuple[type, ...] = ()) -> Finding | None
             return Finding(kind=kind, steps=_unroll(steps), value=thing)
         if is_mapped_type(cls) and not isinstance(thing, rows):
             remedy = (
-                f"annotate a parameter of its own with the class (`{_variable(cls)}: {cls.__name__}`) and pass the "
+                f"annotate a parameter of its own with the class (`{variable_hint(cls)}: {cls.__name__}`) and pass the "
                 f"row itself: only its key crosses; or pass the key, `{key_hint(cls)}`"
             )
             return Finding(kind=dataclasses.replace(_MAPPED, remedy=remedy), steps=_unroll(steps), value=thing)
@@ -334,7 +338,8 @@ def describe(value: object) -> str:
     return f"`{cls.__qualname__}`" if cls.__module__ == "builtins" else f"`{type_name(cls)}`"
 
 
-def _variable(cls: type) -> str:
+def variable_hint(cls: type) -> str:
+    """Return what a variable for an instance of mapped *cls* would be called: ``file_record``."""
     return key_hint(cls).lstrip("(").partition(".")[0]
 
 
@@ -375,33 +380,38 @@ def _children(thing: object) -> Iterator[tuple[str, object]]:
     cls = type(thing)
     if is_mapped_type(cls):
         return  # its attributes are its session's affair
-    if isinstance(thing, dict):
-        for key, child in dict.items(thing):
-            if type(key) not in _ATOMS:
-                yield f"[{describe(key)}]", key
-            if type(child) not in _ATOMS:
-                yield _subscript(key), child
-    elif isinstance(thing, (list, tuple, deque)):
-        names = getattr(cls, "_fields", None) if isinstance(thing, tuple) else None
-        for index, child in enumerate(tuple.__iter__(thing) if isinstance(thing, tuple) else thing):
-            if type(child) not in _ATOMS:
-                yield (f".{names[index]}" if names else f"[{index}]"), child
-    elif isinstance(thing, (set, frozenset)):
-        for child in thing:
-            if type(child) not in _ATOMS:
-                yield f"{{{describe(child)}}}", child
+    if isinstance(thing, (dict, list, tuple, deque, set, frozenset)):
+        yield from _contained(thing)
     elif isinstance(thing, functools.partial):
         yield ".func", thing.func
-        for index, child in enumerate(thing.args):
-            yield f".args[{index}]", child
-        for name, child in thing.keywords.items():
-            yield f".keywords[{name!r}]", child
+        yield from ((f".args[{index}]", child) for index, child in enumerate(thing.args))
+        yield from ((f".keywords[{name!r}]", child) for name, child in thing.keywords.items())
     elif isinstance(thing, types.MethodType):
         yield ".__self__", thing.__self__
         yield ".__func__", thing.__func__
     elif isinstance(thing, types.FunctionType):
         yield from _captured(thing)
     yield from _attributes(thing, cls)
+
+
+_Container = dict[Any, Any] | list[Any] | tuple[Any, ...] | deque[Any] | set[Any] | frozenset[Any]
+
+
+def _contained(thing: _Container) -> Iterator[tuple[str, object]]:
+    """What a container holds, but for plain values: they are most of it."""
+    if isinstance(thing, dict):
+        for key, child in dict.items(thing):
+            if type(key) not in _ATOMS:
+                yield f"[{describe(key)}]", key
+            if type(child) not in _ATOMS:
+                yield _subscript(key), child
+    elif isinstance(thing, (set, frozenset)):
+        yield from ((f"{{{describe(child)}}}", child) for child in thing if type(child) not in _ATOMS)
+    else:
+        names = getattr(type(thing), "_fields", None) if isinstance(thing, tuple) else None
+        for index, child in enumerate(thing):
+            if type(child) not in _ATOMS:
+                yield (f".{names[index]}" if names else f"[{index}]"), child
 
 
 def _captured(function: types.FunctionType) -> Iterator[tuple[str, object]]:
@@ -417,23 +427,28 @@ def _captured(function: types.FunctionType) -> Iterator[tuple[str, object]]:
 
 
 def _attributes(thing: object, cls: type) -> Iterator[tuple[str, object]]:
+    found: list[Mapping[str, object] | None] = []
     if isinstance(thing, pydantic.BaseModel):
-        for part in (thing.__pydantic_extra__, thing.__pydantic_private__):
-            for name, child in (part or {}).items():
-                yield f".{name}", child
-    try:
-        attributes = object.__getattribute__(thing, "__dict__")
-    except AttributeError:
-        attributes = None
-    if isinstance(attributes, Mapping):
-        for name, child in attributes.items():
-            yield f".{name}", child
+        found += [thing.__pydantic_extra__, thing.__pydantic_private__]
+    with contextlib.suppress(AttributeError):  # it has slots only
+        found.append(object.__getattribute__(thing, "__dict__"))
+    for attributes in found:
+        if isinstance(attributes, Mapping):
+            yield from ((f".{name}", child) for name, child in attributes.items())
+    yield from _slots(thing, cls)
+
+
+def _slots(thing: object, cls: type) -> Iterator[tuple[str, object]]:
+    if not cls.__flags__ & _WRITTEN_IN_PYTHON:
+        return
     for base in cls.__mro__:
-        if "__slots__" not in base.__dict__:
+        # A slot is a place in memory: extension types that only claim a base (asyncpg's UUID) do not have it, and
+        # reading it would crash.
+        if "__slots__" not in base.__dict__ or base.__basicsize__ > cls.__basicsize__:
             continue
         for name, descriptor in base.__dict__.items():
             # Slots only: a property would run code. Their names may be mangled, so they are not read off `__slots__`.
-            if isinstance(descriptor, types.MemberDescriptorType) and base.__module__ != "builtins":
+            if isinstance(descriptor, types.MemberDescriptorType):
                 try:
                     yield f".{name}", descriptor.__get__(thing, cls)
                 except AttributeError:  # never set
