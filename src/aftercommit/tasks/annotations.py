@@ -150,6 +150,11 @@ def _resolve_one(parameter: inspect.Parameter, scope: dict[str, Any], task: str)
 
 _ONCE_ONLY = frozenset({"Iterable", "Iterator", "Generator", "AsyncIterable", "AsyncIterator", "AsyncGenerator"})
 _NO_DATA = frozenset({"Callable", "Awaitable", "Coroutine", "type"})
+# `type X = …` makes another class than the one for older Pythons.
+_ALIASES: tuple[Any, ...] = (
+    typing_extensions.TypeAliasType,
+    getattr(typing, "TypeAliasType", typing_extensions.TypeAliasType),
+)
 _NATIVE = frozenset({str, int, float, bool})
 
 
@@ -163,7 +168,7 @@ class Rewriter:
     def __init__(self, *, task: str, parameter: str) -> None:
         self.rows: list[type] = []
         self._where = f"task {task!r}: parameter `{parameter}`"
-        self._aliases: set[int] = set()
+        self._aliases: dict[int, Any] = {}
 
     def rewrite(self, hint: Any) -> Any:  # noqa: PLR0911 - one for each kind of annotation
         """Return *hint* for Pydantic: the same object where nothing had to be changed.
@@ -174,7 +179,7 @@ class Rewriter:
         if is_mapped_type(hint):
             self.rows.append(hint)
             return Annotated[Any, RowType(hint)]
-        if isinstance(hint, typing_extensions.TypeAliasType):
+        if isinstance(hint, _ALIASES):
             return self._alias(hint)
         if isinstance(hint, typing.NewType):
             inner = self.rewrite(hint.__supertype__)
@@ -185,7 +190,7 @@ class Rewriter:
             return self._annotated(hint, arguments)
         if origin in {Union, types.UnionType}:
             return self._union(hint, arguments)
-        if origin is None or origin is Literal or not arguments or isinstance(origin, typing_extensions.TypeAliasType):
+        if origin is None or origin is Literal or not arguments or isinstance(origin, _ALIASES):
             return hint
         return self._generic(hint, origin, arguments)
 
@@ -210,11 +215,11 @@ class Rewriter:
             )
 
     def _alias(self, alias: Any) -> Any:
-        if id(alias) in self._aliases:
-            return alias  # a recursive one: inside, it stays as it is
-        self._aliases.add(id(alias))
-        inner = self.rewrite(alias.__value__)
-        return alias if inner is alias.__value__ else inner
+        if id(alias) not in self._aliases:
+            self._aliases[id(alias)] = alias  # inside itself, a recursive one stays as it is
+            inner = self.rewrite(alias.__value__)
+            self._aliases[id(alias)] = alias if inner is alias.__value__ else inner
+        return self._aliases[id(alias)]
 
     def _annotated(self, hint: Any, arguments: tuple[Any, ...]) -> Any:
         if any(getattr(extra, "discriminator", None) is not None for extra in arguments[1:]):
@@ -267,7 +272,7 @@ def _are_told_apart_by_json(members: list[Any]) -> bool:
         if get_origin(member) is Literal:
             if not all(type(value) in _NATIVE for value in get_args(member)):
                 return False
-        elif member in _NATIVE:
+        elif isinstance(member, type) and member in _NATIVE:
             kinds.append(member.__name__)
         elif get_origin(member) is list or member is list:
             kinds.append("array")
