@@ -13,7 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools import sqlite
 from aftercommit.pools.settings import PoolSettings
-from aftercommit.pools.urls import Flavour, Flavours, check_options, flavours, is_sqlite
+from aftercommit.pools.urls import Flavour, Flavours, check_options, flavours, is_sqlite, render
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -192,6 +192,11 @@ class Pools:
                         )
                     self._flavours = found
         return self._flavours
+
+    @property
+    def shown(self) -> str:
+        """The URL without its password; a callable one is not called for that."""
+        return "<callable>" if self._flavours is None else render(self._flavours.given)
 
     @property
     def is_sqlite(self) -> bool:

@@ -29,18 +29,21 @@ __all__ = [
     "Claim",
     "Claimed",
     "Failure",
+    "Standing",
+    "any_running",
     "cancel",
+    "changes_so_far",
     "claim",
     "clear_progress",
     "fail",
     "finish",
     "give_back",
-    "holds",
     "lock",
     "next_due",
     "retry",
     "save_checkpoint",
     "set_progress",
+    "standing",
     "wrote_something",
 ]
 
@@ -94,6 +97,21 @@ class Claimed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Standing:
+    """What became of a claim.
+
+    Attributes:
+        is_held: Whether the record still says that it runs under this claim.
+        is_done: Whether it succeeded under this claim.
+        checkpoint: What was saved last, as JSON text.
+    """
+
+    is_held: bool
+    is_done: bool
+    checkpoint: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
     """What is written of an error.
 
@@ -118,9 +136,9 @@ _LOCK = Statement(
     f"SELECT id FROM aftercommit_task {_MINE} FOR SHARE",
     f"SELECT id FROM aftercommit_task {_MINE}",
 )
-_HOLDS = Statement(
-    f"SELECT id FROM aftercommit_task {_MINE} FOR UPDATE",
-    f"SELECT id FROM aftercommit_task {_MINE}",
+_STANDING = Statement(
+    "SELECT state, attempt, claims, CAST(checkpoint AS text) FROM aftercommit_task WHERE id = :id FOR UPDATE",
+    "SELECT state, attempt, claims, CAST(checkpoint AS text) FROM aftercommit_task WHERE id = :id",
 )
 _CHECKPOINT = Statement(
     f"UPDATE aftercommit_task SET checkpoint = CAST(:value AS json) {_MINE}",
@@ -143,9 +161,16 @@ def lock(connection: Connection, claim: Claim) -> bool:
     return _LOCK.execute(connection, claim.parameters()).first() is not None
 
 
-def holds(connection: Connection, claim: Claim) -> bool:
-    """Whether the claim still stands, in a transaction of its own. Waits for anybody who is changing the record."""
-    return _HOLDS.execute(connection, claim.parameters()).first() is not None
+def standing(connection: Connection, claim: Claim) -> Standing:
+    """Say what became of a claim, in a transaction of its own.
+
+    Locks the record, and so waits for anybody who is changing it: after a connection was lost during COMMIT, for the
+    server process that may still be committing.
+    """
+    row = _STANDING.execute(connection, {"id": claim.id}).first()
+    if row is None or (row[1], row[2]) != (claim.attempt, claim.claims):
+        return Standing(is_held=False, is_done=False, checkpoint=None)
+    return Standing(is_held=row[0] == "running", is_done=row[0] == "succeeded", checkpoint=row[3])
 
 
 def save_checkpoint(connection: Connection, claim: Claim, value: str) -> bool:
@@ -264,10 +289,12 @@ _CLAIM = Statement(
     "(julianday('now') - julianday(run_at)) * 86400.0",
 )
 _NEXT_DUE = Statement(
-    "SELECT EXTRACT(EPOCH FROM MIN(run_at) - now()) FROM aftercommit_task WHERE state = 'queued' AND pool = :pool "
-    f"AND task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json)))) AND {_NOT_PAUSED}",
-    "SELECT (julianday(MIN(run_at)) - julianday('now')) * 86400.0 FROM aftercommit_task WHERE state = 'queued' "
-    f"AND pool = :pool AND task IN (SELECT value FROM json_each(:names)) AND {_NOT_PAUSED}",
+    "SELECT t.pool, EXTRACT(EPOCH FROM MIN(t.run_at) - now()) FROM aftercommit_task t WHERE t.state = 'queued' "
+    "AND t.task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json)))) "
+    "AND NOT EXISTS (SELECT 1 FROM aftercommit_pool p WHERE p.name = t.pool) GROUP BY t.pool",
+    "SELECT t.pool, (julianday(MIN(t.run_at)) - julianday('now')) * 86400.0 FROM aftercommit_task t "
+    "WHERE t.state = 'queued' AND t.task IN (SELECT value FROM json_each(:names)) "
+    "AND NOT EXISTS (SELECT 1 FROM aftercommit_pool p WHERE p.name = t.pool) GROUP BY t.pool",
 )
 
 
@@ -292,10 +319,23 @@ def claim(connection: Connection, *, pool: str, names: Sequence[str], worker: UU
     return sorted(found, key=lambda each: (-each.waited, each.claim.id))
 
 
-def next_due(connection: Connection, *, pool: str, names: Sequence[str]) -> float | None:
-    """Seconds until the next queued task of *pool* is due, negative if one is; None if there is none."""
-    value = _NEXT_DUE.execute(connection, {"pool": pool, "names": json.dumps(list(names))}).scalar()
-    return None if value is None else float(value)
+def next_due(connection: Connection, *, names: Sequence[str]) -> dict[str, float]:
+    """Seconds until the next queued task of each pool is due, negative if one is; pools without any are left out."""
+    rows = _NEXT_DUE.execute(connection, {"names": json.dumps(list(names))})
+    return {pool: float(seconds) for pool, seconds in rows}
+
+
+_ANY_RUNNING = Statement(
+    "SELECT EXISTS (SELECT 1 FROM aftercommit_task WHERE state = 'running' "
+    "AND task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json)))))",
+    "SELECT EXISTS (SELECT 1 FROM aftercommit_task WHERE state = 'running' "
+    "AND task IN (SELECT value FROM json_each(:names)))",
+)
+
+
+def any_running(connection: Connection, *, names: Sequence[str]) -> bool:
+    """Whether a task of these names runs, here or anywhere."""
+    return bool(_ANY_RUNNING.execute(connection, {"names": json.dumps(list(names))}).scalar())
 
 
 # --- by hand ----------------------------------------------------------------------------------------------------

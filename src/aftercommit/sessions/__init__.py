@@ -1,6 +1,7 @@
 """How a session lives: opened for an owner, committed, ended for good; and the hooks at its real commit."""
 
 from aftercommit.sessions.ended import end_for_good
+from aftercommit.sessions.factory import SessionFactory
 from aftercommit.sessions.owner import Line, Owner, owner_of, user_line
 from aftercommit.sessions.scopes import AsyncScope, Scope, shielded
 from aftercommit.sessions.waiting import Entry, Sink, at_every_commit, simulate_commits, sync_session_of, wait_for_commit, watch
@@ -11,6 +12,7 @@ __all__ = [
     "Line",
     "Owner",
     "Scope",
+    "SessionFactory",
     "Sink",
     "at_every_commit",
     "end_for_good",

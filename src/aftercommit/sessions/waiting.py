@@ -37,6 +37,7 @@ __all__ = [
     "Sink",
     "at_every_commit",
     "simulate_commits",
+    "simulates_commits",
     "sync_session_of",
     "wait_for_commit",
     "watch",
@@ -113,6 +114,7 @@ class _Ledger:
 
 
 _TRACK: Final = "aftercommit.waiting"
+_HOOKS: Final = "aftercommit.at_every_commit"
 _ledgers: WeakKeyDictionary[Connection, _Ledger] = WeakKeyDictionary()
 _WATCHED: Final = "aftercommit_watched"  # an execution option: a connection inherits its engine's
 
@@ -166,9 +168,24 @@ def watch(engine: Engine) -> None:
     _listen(engine)
 
 
-def at_every_commit(connection: Connection, hook: Callable[[Connection], None] | None) -> None:
-    """Have *hook* called before each COMMIT on *connection*, behind everything else that is written then."""
-    _ledger_of(connection).at_commit = hook
+def at_every_commit(
+    session: Session, *, begun: Callable[[Connection], None], committing: Callable[[Connection], None]
+) -> None:
+    """Have every transaction of *session* watched.
+
+    Args:
+        session: A session of ours.
+        begun: Called with its connection once a transaction has begun.
+        committing: Called with its connection before each COMMIT, behind everything else that is written then;
+            what it raises aborts the commit.
+    """
+    session.info[_HOOKS] = (begun, committing)
+
+
+def simulates_commits(connection: Connection) -> bool:
+    """Whether ``simulate_commits`` was called for it."""
+    ledger = _ledgers.get(connection)
+    return ledger is not None and ledger.simulated
 
 
 def simulate_commits(connection: Connection) -> None:
@@ -187,12 +204,17 @@ def _track_of(session: Session) -> _Track:
 
 
 @event.listens_for(Session, "after_begin")
-def _after_begin(session: Session, _transaction: SessionTransaction, connection: Connection) -> None:
+def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
     track = _track_of(session)
     if connection not in track.connections:
         track.connections.append(connection)
     if track.items and any(_is_on(connection, item.bind) for item in track.items):
         _attach(track, connection)
+    hooks = session.info.get(_HOOKS)
+    if hooks is not None and transaction.parent is None:
+        begun, committing = hooks
+        _ledger_of(connection).at_commit = committing
+        begun(connection)
 
 
 @event.listens_for(Session, "before_commit")
@@ -203,6 +225,13 @@ def _before_commit(session: Session) -> None:
         if not any(_is_on(connection, item.bind) for connection in track.connections):
             # Nothing has been read or written yet, so there is no transaction on the server to wait for.
             session.connection(bind_arguments={"bind": item.bind})
+    if _HOOKS in session.info and session.get_nested_transaction() is None:
+        for connection in track.connections:
+            ledger = _ledgers.get(connection)
+            if ledger is not None and ledger.simulated and ledger.at_commit is not None:
+                # This one's commit is only the release of a savepoint, and no event of the connection's.
+                session.flush()
+                ledger.at_commit(connection)
 
 
 @event.listens_for(Session, "after_commit")
@@ -243,8 +272,10 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
         items, track.items = track.items, []
         for connection in track.connections:
             ledger = _ledgers.get(connection)
-            if ledger is not None and track in ledger.tracks:
-                ledger.tracks.remove(track)
+            if ledger is not None:
+                ledger.at_commit = None
+                if track in ledger.tracks:
+                    ledger.tracks.remove(track)
         if items:
             _end_root(track, items)
 

@@ -1,0 +1,575 @@
+"""``Database``: the one object a user makes. It holds the rooms together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import threading
+from collections.abc import Callable, Coroutine
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar, overload
+from uuid import UUID
+from weakref import WeakKeyDictionary
+
+from sqlalchemy import URL, Connection, Engine, event
+from sqlalchemy.exc import UnboundExecutionError
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
+from sqlalchemy.orm import Session
+
+from aftercommit.errors import ConfigurationError, HandOverError, RunnerNotRunning, SchemaError, TaskDefinitionError, TaskStateError
+from aftercommit.pools import Pools, PoolSettings
+from aftercommit.pools.pools import BOOKKEEPING, REQUEST
+from aftercommit.pools.settings import check_isolation_level
+from aftercommit.pools.sqlite import IMMEDIATE
+from aftercommit.pools.urls import identity, render
+from aftercommit.records import TaskRecord, moves, schema
+from aftercommit.records.ids import uuid7
+from aftercommit.runner import Outbox, Pace, Runner, TaskHandle, Wanted
+from aftercommit.runner.outbox import autocommits
+from aftercommit.runner.run import note_fault
+from aftercommit.runner.running import Running
+from aftercommit.sessions import Owner, SessionFactory, sync_session_of, user_line, wait_for_commit, watch
+from aftercommit.tasks import Retry, Task, TaskSettings, current_run
+from aftercommit.tasks import context as carried
+from aftercommit.tasks.definition import define, task_name
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+    from contextlib import AbstractAsyncContextManager, AbstractContextManager
+
+    from sqlalchemy.orm import scoped_session
+
+__all__ = ["Database"]
+
+logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+S = TypeVar("S", bound=Session)
+A = TypeVar("A", bound=AsyncSession)
+T = TypeVar("T")
+
+AnySession = "Session | AsyncSession | scoped_session[Any]"
+DEFAULT: Final = "default"
+_DEFAULTS: Final = {REQUEST: PoolSettings(max_overflow=5), DEFAULT: PoolSettings()}
+_BOOKS: Final = PoolSettings(pool_size=1, max_overflow=1)
+
+
+class Database:
+    """One database: its pools, its sessions, and the background tasks that run against it.
+
+    Args:
+        url: ``sqlite:///app.db``, ``postgresql://…`` (psycopg 3), ``postgresql+asyncpg://…``, a ``URL``, or a callable
+            that returns one, called when the first engine opens.
+        pool: Settings of the "request" pool.
+        pools: Settings per kind of task. "request" and "default" are always there.
+        engine_options: For ``create_engine``; what belongs to a pool is in ``PoolSettings``.
+        async_engine_options: For ``create_async_engine``.
+        session_options: For every session, such as ``{"autoflush": False}``.
+        session_class: ``Session`` or a subclass of it; SQLModel's, for example.
+        async_session_class: ``AsyncSession`` or a subclass of it.
+        max_argument_bytes: The most that a task's arguments may take as JSON.
+        heartbeat: Seconds between the heartbeats of a process that runs tasks.
+        silent_after: Seconds without a heartbeat after which a process's tasks are given to others.
+        keep_finished: Seconds for which finished records are kept; None for ever.
+
+    Raises:
+        ConfigurationError: For what cannot be, now and not at the first request.
+    """
+
+    def __init__(
+        self,
+        url: str | URL | Callable[[], str | URL],
+        *,
+        pool: PoolSettings | None = None,
+        pools: Mapping[str, PoolSettings] | None = None,
+        engine_options: Mapping[str, Any] | None = None,
+        async_engine_options: Mapping[str, Any] | None = None,
+        session_options: Mapping[str, Any] | None = None,
+        session_class: type[Session] = Session,
+        async_session_class: type[AsyncSession] = AsyncSession,
+        max_argument_bytes: int = 64 * 1024,
+        heartbeat: float = 5.0,
+        silent_after: float = 30.0,
+        keep_finished: float | None = 7 * 24 * 3600.0,
+    ) -> None:
+        self._settings = _pool_settings(pool, pools or {})
+        if not 0 < heartbeat <= silent_after / 3:
+            raise ConfigurationError(
+                f"heartbeat={heartbeat}, silent_after={silent_after}: a worker must be able to miss a heartbeat or two "
+                "before it counts as silent. Make silent_after at least three times heartbeat."
+            )
+        self._options = {"engine_options": engine_options or {}, "async_engine_options": async_engine_options or {}}
+        made = self.make_pools(url)
+        self.sessions = SessionFactory(
+            made, session_class=session_class, async_session_class=async_session_class, options=session_options or {}
+        )
+        self.outbox = Outbox()
+        self._pace = Pace(heartbeat=heartbeat, silent_after=silent_after, keep=keep_finished)
+        self._max_argument_bytes = max_argument_bytes
+        self._tasks: dict[str, Task[Any, Any]] = {}
+        self._lock = threading.Lock()
+        self._ours: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
+        self.expects_runner = False
+        self._warned_no_runner = False
+
+    def __repr__(self) -> str:
+        """Where it is, without the password, if that is known yet."""
+        return f"Database({self._pools.shown!r})"
+
+    # --- connections and sessions -------------------------------------------------------------------------------
+
+    @property
+    def _pools(self) -> Pools:
+        return self.sessions.pools
+
+    def make_pools(self, url: str | URL | Callable[[], str | URL], **options: Any) -> Pools:
+        """Make the pools of this database's settings for *url*."""
+        return Pools(url, {**self._settings, BOOKKEEPING: _BOOKS}, **{**self._options, **options}, set_up=_set_up)
+
+    def session(self, pool: str = REQUEST) -> AbstractContextManager[Session]:
+        """A session for ``with``: committed on success, rolled back on error, ended in any case.
+
+        Used after its end, it raises ``SessionEnded``.
+        """
+        return self.sessions.scope(pool, Owner("code", user_line()))
+
+    def async_session(self, pool: str = REQUEST) -> AbstractAsyncContextManager[AsyncSession]:
+        """An async session for ``async with``: committed on success, rolled back on error or cancellation, ended."""
+        return self.sessions.async_scope(pool, Owner("code", user_line()))
+
+    def engine(self, pool: str = REQUEST) -> Engine:
+        """SQLAlchemy's engine of *pool*, for Alembic and ``create_all``."""
+        return self._pools[pool].engine
+
+    def async_engine(self, pool: str = REQUEST) -> AsyncEngine:
+        """SQLAlchemy's async engine of *pool*."""
+        return self._pools[pool].async_engine
+
+    def dispose(self) -> None:
+        """Close every pool's connections; what is in use closes when it comes back."""
+        self._pools.dispose()
+
+    async def async_dispose(self) -> None:
+        """Close every pool's connections, of both flavours."""
+        await self._pools.async_dispose()
+
+    # --- tables -------------------------------------------------------------------------------------------------
+
+    def create_tables(self) -> None:
+        """Make the ``aftercommit_*`` tables; harmless where they stand, and safe to call from several processes."""
+        self._call(schema.create_tables)
+
+    async def async_create_tables(self) -> None:
+        """Make the ``aftercommit_*`` tables; harmless where they stand, and safe to call from several processes."""
+        await self._async_call(schema.create_tables)
+
+    async def prepare_tables(self, *, create: bool | None) -> bool:
+        """At start-up: make the tables or check them; return whether there are any.
+
+        Args:
+            create: Whether to make them; None for SQLite only.
+
+        Raises:
+            SchemaError: If durable tasks are declared and the tables are missing or too old.
+        """
+        if create or (create is None and self._pools.is_sqlite):
+            await self.async_call_anyhow(schema.create_tables)
+            return True
+        problem = await self.async_call_anyhow(schema.schema_problem)
+        if problem is None:
+            return True
+        if not any(task.settings.durable for task in self._tasks.values()):
+            return False
+        raise SchemaError(
+            f"{render(self._pools.flavours.given)}: {problem}. Durable tasks are kept there. Run `aftercommit schema "
+            "--apply`, or call db.create_tables() in a migration, or write install(app, db, create_tables=True)."
+        )
+
+    # --- tasks --------------------------------------------------------------------------------------------------
+
+    @property
+    def tasks(self) -> Mapping[str, Task[Any, Any]]:
+        """Every task, by name and alias."""
+        return MappingProxyType(self._tasks)
+
+    @overload
+    def task(self, function: Callable[Concatenate[A, P], Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    @overload
+    def task(self, function: Callable[Concatenate[S, P], R], /) -> Task[P, R]: ...
+    @overload
+    def task(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    @overload
+    def task(self, function: Callable[P, R], /) -> Task[P, R]: ...
+    @overload
+    def task(
+        self,
+        *,
+        name: str | None = None,
+        aliases: Sequence[str] = (),
+        pool: str = DEFAULT,
+        retry: Retry | None = None,
+        timeout: float | None = None,
+        durable: bool = True,
+        repeatable: bool = False,
+        isolation_level: str | None = None,
+        on_failure: Callable[..., Any] | None = None,
+    ) -> _Decorator: ...
+    def task(
+        self,
+        function: Callable[..., Any] | None = None,
+        /,
+        *,
+        name: str | None = None,
+        aliases: Sequence[str] = (),
+        pool: str = DEFAULT,
+        retry: Retry | None = None,
+        timeout: float | None = None,
+        durable: bool = True,
+        repeatable: bool = False,
+        isolation_level: str | None = None,
+        on_failure: Callable[..., Any] | None = None,
+    ) -> Any:
+        """Declare a function as a background task.
+
+        Its first parameter, if annotated ``Session`` (``def``) or ``AsyncSession`` (``async def``), is a session of
+        the run's own; the rest are its arguments. The last commit is made for it, together with the note that it is
+        done.
+
+        Args:
+            function: The function; left out with arguments.
+            name: What records call it; the function's bare name by default.
+            aliases: Former names, under which records may still wait.
+            pool: The pool whose connections, threads and limit it uses.
+            retry: How often it is tried, and for which errors of the application; ``Retry()`` by default.
+            timeout: Seconds for one attempt; None for no limit.
+            durable: Kept as a row of the same database and transaction. False: in memory, lost with the process.
+            repeatable: Whether it may run again from the top after a commit of its own.
+            isolation_level: Of its transactions, instead of the pool's.
+            on_failure: Called as ``on_failure(session, error, *args, **kwargs)`` when it has failed for good, in a
+                fresh session and in the transaction that records the failure.
+
+        Raises:
+            TaskDefinitionError: If the function cannot be a task, or its name is taken.
+            ConfigurationError: If there is no such pool.
+        """
+
+        def decorate(function: Callable[..., Any]) -> Task[Any, Any]:
+            settings = TaskSettings(
+                name=task_name(function, name),
+                aliases=tuple(aliases),
+                pool=pool,
+                retry=retry or Retry(),
+                timeout=timeout,
+                durable=durable,
+                repeatable=repeatable,
+                isolation_level=isolation_level,
+                on_failure=on_failure,
+            )
+            return self._register(define(function, settings, database=self))
+
+        if pool == REQUEST:
+            raise ConfigurationError(
+                "pool='request' serves the endpoints: a task in it would make requests wait. Use 'default', or one of "
+                "its own: Database(…, pools={'files': PoolSettings()})."
+            )
+        if pool not in self._settings:
+            raise ConfigurationError(
+                f"There is no pool {pool!r}; this database has {', '.join(sorted(self._settings))}. "
+                f"Write Database(…, pools={{{pool!r}: PoolSettings()}})."
+            )
+        if isolation_level is not None:
+            check_isolation_level(isolation_level)
+        return decorate if function is None else decorate(function)
+
+    def after_commit(
+        self, session: Session | AsyncSession | scoped_session[Any] | Any, task: Task[P, Any], *args: P.args, **kwargs: P.kwargs
+    ) -> TaskHandle:
+        """Have *task* run once the transaction that *session* is in has really committed; rolled back, it never was.
+
+        Not awaited and without I/O; begins the session's transaction, as ``session.add`` does.
+
+        Args:
+            session: A ``Session``, ``AsyncSession`` or ``scoped_session``, ours or anybody's, on this database.
+            task: A task of this ``Database``.
+            *args: Its arguments, without the session. Rows cross by identity where they are annotated as such.
+            **kwargs: The same.
+
+        Returns:
+            A handle: ``id`` now, ``created`` after the commit.
+
+        Raises:
+            UnsafeArgument: If an argument cannot cross.
+            HandOverError: If the task could never start from here.
+        """
+        if not isinstance(task, Task):
+            raise HandOverError(
+                f"after_commit needs a task, and got {getattr(task, '__name__', type(task).__name__)!r}. Declare it with "
+                "@db.task, and pass its arguments behind it: after_commit(task, argument)."
+            )
+        if task.database is not self:
+            raise HandOverError(
+                f"{task!r} belongs to another Database. Its record would be written where nobody looks for it: hand it "
+                "over with that Database's after_commit and one of its sessions."
+            )
+        self._check_flavour(task)
+        plain = sync_session_of(session)
+        bind = self._bind_of(plain)
+        if not task.settings.durable:
+            self._check_memory(task)
+        elif self.outbox.runner is None:
+            self._note_no_runner(task)
+        handed = task.arguments.hand_over(plain, args, kwargs, max_bytes=self._max_argument_bytes)
+        handle = TaskHandle(uuid7())
+        run = current_run()
+        entry = Wanted(
+            task=task,
+            handed=handed,
+            handle=handle,
+            parent=None if run is None else run.id,
+            context=carried.capture(),
+        )
+        wait_for_commit(plain, self.outbox, entry, bind)
+        return handle
+
+    # --- running ------------------------------------------------------------------------------------------------
+
+    @property
+    def runner(self) -> Runner | None:
+        """The runner of this process, while it runs."""
+        return self.outbox.runner
+
+    def running(
+        self, *, runs: Sequence[str] | None = None, grace: float = 15.0, create_tables: bool | None = None
+    ) -> Running:
+        """Run tasks for the length of a ``with`` or an ``async with``, outside FastAPI.
+
+        Args:
+            runs: The pools whose tasks run here; None for all, ``()`` for none.
+            grace: Seconds that running tasks get at the end.
+            create_tables: Whether to make our tables first; None for SQLite only.
+        """
+        return Running(self, self._runs(runs), grace=grace, create_tables=create_tables)
+
+    def new_runner(self, pools: Sequence[str]) -> Runner:
+        """Make a runner for *pools*."""
+        return Runner(self.sessions, self._tasks, pools, self._pace)
+
+    def drain(self, timeout: float = 30.0) -> None:
+        """Run, or wait for, all that is due, then return; for scripts and tests.
+
+        Args:
+            timeout: Seconds.
+
+        Raises:
+            TimeoutError: If something is left then.
+            ConfigurationError: On the event loop that runs the tasks, where it could never end.
+        """
+        runner = self.outbox.runner
+        if runner is None:
+            with self.running():
+                self.drain(timeout)
+            return
+        runner.refuse_own_loop()
+        runner.drain(timeout)
+
+    async def async_drain(self, timeout: float = 30.0) -> None:  # noqa: ASYNC109  # waits in a thread, for a condition
+        """Run, or wait for, all that is due, then return.
+
+        Args:
+            timeout: Seconds.
+
+        Raises:
+            TimeoutError: If something is left then.
+        """
+        runner = self.outbox.runner
+        if runner is None:
+            async with self.running():
+                await self.async_drain(timeout)
+            return
+        await asyncio.to_thread(runner.drain, timeout)
+
+    # --- by hand ------------------------------------------------------------------------------------------------
+
+    def cancel(self, id: UUID) -> None:  # noqa: A002  # the name users read
+        """Cancel a task that is queued or running; a running one can commit nothing more.
+
+        Raises:
+            TaskStateError: If there is no such task, or it has ended.
+        """
+        self._moved("cancel", id, self._call(lambda connection: moves.cancel(connection, id)))
+
+    async def async_cancel(self, id: UUID) -> None:  # noqa: A002  # the name users read
+        """Cancel a task that is queued or running; a running one can commit nothing more."""
+        self._moved("cancel", id, await self._async_call(lambda connection: moves.cancel(connection, id)))
+
+    def retry(self, id: UUID) -> None:  # noqa: A002  # the name users read
+        """Queue a task that failed or was cancelled once more, with all its attempts.
+
+        Raises:
+            TaskStateError: If there is no such task, or it is in another state.
+        """
+        self._moved("retry", id, self._call(lambda connection: moves.retry(connection, id)))
+
+    async def async_retry(self, id: UUID) -> None:  # noqa: A002  # the name users read
+        """Queue a task that failed or was cancelled once more, with all its attempts."""
+        self._moved("retry", id, await self._async_call(lambda connection: moves.retry(connection, id)))
+
+    # --- below --------------------------------------------------------------------------------------------------
+
+    def _moved(self, verb: str, id: UUID, done: bool) -> None:  # noqa: A002, FBT001  # the statement's answer
+        if not done:
+            wanted = "queued or running" if verb == "cancel" else "failed or cancelled"
+            raise TaskStateError(f"Cannot {verb} {id}: there is no task of this id that is {wanted}.")
+        runner = self.outbox.runner
+        if verb == "retry" and runner is not None:
+            for pool in runner.lanes:
+                runner.expect(pool)
+
+    def _call(self, work: Callable[[Connection], T]) -> T:
+        connection = self.sessions.connection
+        if isinstance(connection, Connection):
+            return work(connection)
+        engine = self._pools[REQUEST].engine
+        with (engine.execution_options(**{IMMEDIATE: True}) if self._pools.is_sqlite else engine).begin() as opened:
+            return work(opened)
+
+    async def _async_call(self, work: Callable[[Connection], T]) -> T:
+        connection = self.sessions.connection
+        if connection is not None and not isinstance(connection, Connection):
+            return await connection.run_sync(work)
+        engine = self._pools[REQUEST].async_engine
+        with_lock = engine.execution_options(**{IMMEDIATE: True}) if self._pools.is_sqlite else engine
+        async with with_lock.begin() as opened:
+            return await opened.run_sync(work)
+
+    async def async_call_anyhow(self, work: Callable[[Connection], T]) -> T:
+        """Run ``work(connection)`` in a transaction, by whichever flavour the URL has."""
+        if self._pools.flavours.sync is None:
+            return await self._async_call(work)
+        return await asyncio.to_thread(self._call, work)
+
+    def _register(self, task: Task[Any, Any]) -> Task[Any, Any]:
+        with self._lock:
+            for name in (task.name, *task.settings.aliases):
+                other = self._tasks.get(name)
+                if other is not None:
+                    raise TaskDefinitionError(
+                        f"Two tasks are called {name!r}: {other!r} and {task.__module__}.{task.__qualname__}. Records are "
+                        "found by this name: give one another, with @db.task(name='…')."
+                    )
+            for name in (task.name, *task.settings.aliases):
+                self._tasks[name] = task
+        return task
+
+    def _runs(self, runs: Sequence[str] | None) -> list[str]:
+        told = os.environ.get("AFTERCOMMIT_RUNS")
+        if told is not None and told.strip():
+            runs = () if told.strip().lower() == "none" else None if told.strip().lower() == "all" else tuple(
+                name.strip() for name in told.split(",") if name.strip()
+            )
+        every = [name for name in self._settings if name != REQUEST]
+        if isinstance(runs, str):
+            raise ConfigurationError(f"runs={runs!r}: give a sequence of pools, such as runs=({runs!r},).")
+        for name in runs or ():
+            if name not in every:
+                raise ConfigurationError(f"runs names the pool {name!r}; this database has {', '.join(sorted(every))}.")
+        return every if runs is None else list(runs)
+
+    def _check_flavour(self, task: Task[Any, Any]) -> None:
+        if task.takes is None or self.sessions.connection is not None:
+            return
+        # Said where the task is asked for, rather than in a log when it runs.
+        self._pools.flavours.url("async" if issubclass(task.takes, AsyncSession) else "sync")
+
+    def _check_memory(self, task: Task[Any, Any]) -> None:
+        runner = self.outbox.runner
+        if self.outbox.started is None and (runner is None or not runner.runs(task.settings.pool)):
+            raise RunnerNotRunning(
+                f"Task {task.name!r} is kept in memory (durable=False), and this process runs no tasks of pool "
+                f"{task.settings.pool!r}, so it could never start. Start the runner (the application's lifespan after "
+                "install(app, db), or `with db.running():`), or declare the task durable, which is the default."
+            )
+
+    def _note_no_runner(self, task: Task[Any, Any]) -> None:
+        if self.expects_runner and not self._warned_no_runner and self.outbox.started is None:
+            self._warned_no_runner = True
+            logger.warning(
+                "Task %r is queued, but no runner is alive in this process, because the application's lifespan has not "
+                "run (a TestClient without `with`, an ASGITransport, a mounted sub-application). It waits in the "
+                "database until a process with a runner finds it.", task.name,
+            )  # fmt: skip
+
+    def _bind_of(self, session: Session) -> Engine | Connection:
+        try:
+            bind = session.get_bind(TaskRecord)
+        except UnboundExecutionError as exc:
+            raise HandOverError(
+                "This session has no bind for the table aftercommit_task, so the task's record could not be written in "
+                "its transaction. Give the session a bind: sessionmaker(bind=engine), or "
+                "binds={…, aftercommit.TaskRecord: engine}."
+            ) from exc
+        if session.twophase:
+            raise HandOverError(
+                "This session commits in two phases, and a task could start before the second. Hand over with a plain "
+                "session."
+            )
+        engine = bind.engine
+        known = self._ours.get(engine)
+        if known is None:
+            known = self._ours[engine] = self._is_ours(engine)
+        if not known:
+            raise HandOverError(
+                f"This session is on another database ({render(engine.url)}) than this Database ({self._pools.shown}). The "
+                "task's record would be written where nobody looks for it. Give Database the URL that the session's "
+                "engine has, or hand over with a session of this one."
+            )
+        if autocommits(bind) and self.sessions.connection is None:
+            raise HandOverError(
+                "This session is in AUTOCOMMIT: there is no transaction whose commit the task could wait for. Hand over "
+                "with a session that has one."
+            )
+        return bind
+
+    def _is_ours(self, engine: Engine) -> bool:
+        joined = self.sessions.connection
+        if joined is not None:
+            return joined.engine.url == engine.url
+        return identity(engine.url) == identity(self._pools.flavours.given)
+
+    def forget_binds(self) -> None:
+        """Look at every engine anew: the database was replaced."""
+        self._ours = WeakKeyDictionary()
+
+
+class _Decorator:
+    """What ``@db.task(…)`` returns, for type checkers."""
+
+    @overload
+    def __call__(self, function: Callable[Concatenate[A, P], Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[Concatenate[S, P], R], /) -> Task[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, Coroutine[Any, Any, R]], /) -> Task[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R], /) -> Task[P, R]: ...
+    def __call__(self, function: Callable[..., Any], /) -> Any: ...
+
+
+def _pool_settings(pool: PoolSettings | None, pools: Mapping[str, PoolSettings]) -> dict[str, PoolSettings]:
+    if pool is not None and REQUEST in pools:
+        raise ConfigurationError("The request pool is described twice: by pool= and by pools={'request': …}. Keep one.")
+    for name, settings in pools.items():
+        if name == BOOKKEEPING:
+            raise ConfigurationError(f"The pool {name!r} is the library's own. Choose another name.")
+        if not isinstance(settings, PoolSettings):
+            raise ConfigurationError(f"pools[{name!r}] is {type(settings).__name__}: write PoolSettings(…).")
+        if not 1 <= len(name) <= 40:  # noqa: PLR2004  # it becomes part of application_name, which PostgreSQL cuts at 63
+            raise ConfigurationError(f"The pool name {name!r} must have 1 to 40 characters.")
+    return {**_DEFAULTS, **({} if pool is None else {REQUEST: pool}), **pools}
+
+
+def _set_up(engine: Engine) -> None:
+    watch(engine)
+    event.listen(engine, "handle_error", note_fault)

@@ -1,0 +1,1 @@
+"""Subscribers of signals: what the library says, told to logs and metrics."""

@@ -1,0 +1,186 @@
+"""Short transactions of the library's own, on a thread and a connection of their own.
+
+A blocked event loop, a full pool, a task that hangs: none of them may hold up a heartbeat, a claim or a rescue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from sqlalchemy import create_engine
+
+from aftercommit.pools.pools import BOOKKEEPING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Connection
+
+    from aftercommit.pools import Pools
+
+__all__ = ["Bookkeeper"]
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+_LONG: Final = 3600.0
+
+
+class Bookkeeper:
+    """One thread that runs what it is given, and between jobs a round of its owner's.
+
+    Args:
+        pools: Where its connection comes from.
+        round: Called on the thread whenever something was asked for or a round is due; returns the seconds until
+            the next one.
+    """
+
+    def __init__(self, pools: Pools, round: Callable[[], float] | None = None) -> None:  # noqa: A002
+        self._pools = pools
+        self._round = round
+        self._wake = threading.Condition()
+        self._jobs: deque[tuple[Callable[[Connection], Any], Future[Any]]] = deque()
+        self._woken = False
+        self._stopping = False
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.Runner | None = None
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread = threading.Thread(target=self._serve, name="aftercommit-bookkeeper", daemon=True)
+        self._thread.start()
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Finish what was asked for, close the connection, and end the thread."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout)
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether it takes jobs."""
+        return self._thread is not None and self._thread.is_alive() and not self._stopping
+
+    def wake(self) -> None:
+        """Have a round made soon."""
+        with self._wake:
+            self._woken = True
+            self._wake.notify()
+
+    def submit(self, work: Callable[[Connection], T]) -> Future[T]:
+        """Have ``work(connection)`` run in a transaction, on the thread."""
+        future: Future[T] = Future()
+        with self._wake:
+            if self._stopping:
+                future.set_exception(RuntimeError("the runner has stopped"))
+                return future
+            self._jobs.append((work, future))
+            self._wake.notify()
+        return future
+
+    def call(self, work: Callable[[Connection], T]) -> T:
+        """Run ``work(connection)`` in a transaction and wait for it; from any thread, its own included."""
+        if threading.current_thread() is self._thread:
+            return self.execute(work)
+        return self.submit(work).result()
+
+    async def async_call(self, work: Callable[[Connection], T]) -> T:
+        """The same, from an event loop."""
+        return await asyncio.wrap_future(self.submit(work))
+
+    def execute(self, work: Callable[[Connection], T], *, autocommit: bool = False) -> T:
+        """Run ``work(connection)`` now, on the bookkeeping thread only.
+
+        Args:
+            work: What to do.
+            autocommit: Whether it is a single statement, which on PostgreSQL then needs no BEGIN and no COMMIT.
+        """
+        pool = self._pools[BOOKKEEPING]
+        if self._loop is None:
+            engine = self._engine
+            if autocommit and not self._pools.is_sqlite:
+                engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+            with engine.begin() as connection:
+                return work(connection)
+
+        async def run() -> T:
+            engine = pool.async_engine
+            if autocommit:
+                engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+            async with engine.begin() as connection:
+                return await connection.run_sync(work)
+
+        return self._loop.run(run())
+
+    def _serve(self) -> None:
+        self._open()
+        delay = 0.0
+        try:
+            while True:
+                with self._wake:
+                    if not (self._jobs or self._woken or self._stopping):
+                        self._wake.wait(min(delay, _LONG))
+                    if self._stopping and not self._jobs:
+                        return
+                    jobs = list(self._jobs)
+                    self._jobs.clear()
+                    self._woken = False
+                for work, future in jobs:
+                    self._do(work, future)
+                delay = self._make_round()
+        finally:
+            self._close()
+
+    def _do(self, work: Callable[[Connection], Any], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            result = self.execute(work)
+        except BaseException as exc:  # noqa: BLE001  # it is the caller's
+            future.set_exception(exc)
+        else:
+            future.set_result(result)
+
+    def _make_round(self) -> float:
+        if self._round is None or self._stopping:
+            return _LONG
+        try:
+            return self._round()
+        except Exception:
+            # The thread is what keeps the worker alive for others: whatever it was, it must not end it.
+            logger.exception("A round of the bookkeeping failed; it is made again in a second")
+            return 1.0
+
+    def _open(self) -> None:
+        pools = self._pools
+        if not pools.is_async_only:
+            self._engine = pools[BOOKKEEPING].engine
+        elif pools.is_sqlite:
+            # Python brings the sync driver along.
+            url = pools.flavours.given.set(drivername="sqlite+pysqlite")
+            self._engine = create_engine(url, connect_args={"isolation_level": None, "timeout": 10.0}, pool_size=1)
+            pools.set_up(self._engine, pools[BOOKKEEPING].settings)
+        else:
+            # asyncpg knows no sync calls, so this thread has a small event loop of its own.
+            self._loop = asyncio.Runner()
+
+    def _close(self) -> None:
+        try:
+            if self._loop is not None:
+                self._loop.run(self._pools[BOOKKEEPING].async_dispose())
+                self._loop.close()
+            else:
+                self._engine.dispose()
+        except Exception:  # noqa: BLE001  # the connection may be gone, and so are we
+            logger.debug("The bookkeeping connection could not be closed", exc_info=True)
+        with self._wake:
+            for _work, future in self._jobs:
+                future.set_exception(RuntimeError("the runner has stopped"))
+            self._jobs.clear()

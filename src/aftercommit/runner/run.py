@@ -1,0 +1,230 @@
+"""One claim of one task: what its commits must hold, and what is told of it."""
+
+from __future__ import annotations
+
+import json
+import time
+import traceback
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from aftercommit import signals
+from aftercommit.errors import CommitWithoutCheckpoint, LostClaim, TaskTimeout
+from aftercommit.records import moves
+from aftercommit.records.moves import Claim, Failure
+from aftercommit.sessions import Owner, at_every_commit
+from aftercommit.tasks.current import CurrentRun, current_run
+from aftercommit.tasks.retry import Repeats
+from aftercommit.tasks.transient import Fault, fault_of
+
+if TYPE_CHECKING:
+    import asyncio
+    from collections.abc import Callable
+    from uuid import UUID
+
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import Session
+
+    from aftercommit.tasks import Task
+
+__all__ = ["Run", "failure_of", "note_fault", "now"]
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Run:
+    """A task that this process has taken, from the claim to its end.
+
+    Attributes:
+        task: The task.
+        id: The record's id.
+        claim: The claim on the record; None for a task in memory.
+        attempt: 1 for the first.
+        max_attempts: How many there may be.
+        arguments: JSON text.
+        context: What follows the task across the hand-over, JSON text.
+        checkpoint: What an earlier run saved, JSON text.
+        waited: Seconds between its being due and its claim.
+        on_progress: Called when the task tells of its progress.
+        repeats: What this claim has been repeated for.
+        started: When it started here, by the monotonic clock; 0.0 before.
+        job: The asyncio task that runs it, of an async task.
+        stopping: Whether it was cancelled by an orderly stop.
+        abandoned: Why nothing of it may be committed any more, or None.
+    """
+
+    task: Task[Any, Any]
+    id: UUID
+    claim: Claim | None
+    attempt: int
+    max_attempts: int
+    arguments: str
+    context: str | None = None
+    checkpoint: str | None = None
+    waited: float = 0.0
+    on_progress: Callable[[Run], None] | None = None
+    repeats: Repeats = field(default_factory=Repeats)
+    repeated: int = 0
+    conflict_since: float | None = None
+    started: float = 0.0
+    job: asyncio.Task[None] | None = None
+    stopping: bool = False
+    abandoned: Exception | None = None
+    current: CurrentRun = field(init=False)
+    session: Session | None = None
+    _finishing: bool = False
+    _result: str | None = None
+    _changes: int = 0
+    _deadline: float | None = None
+
+    def __post_init__(self) -> None:
+        """Make what the task's code sees of it."""
+        self.current = self._make_current()
+
+    @property
+    def name(self) -> str:
+        """The task's name."""
+        return self.task.name
+
+    @property
+    def pool(self) -> str:
+        """The pool it runs in."""
+        return self.task.settings.pool
+
+    @property
+    def owner(self) -> Owner:
+        """Who its session belongs to."""
+        return Owner(f"task {self.name!r}, attempt {self.attempt}", kind="task")
+
+    @property
+    def seconds(self) -> float:
+        """Since it started here."""
+        return time.monotonic() - self.started if self.started else 0.0
+
+    def facts(self) -> dict[str, Any]:
+        """What every signal about it says."""
+        return {"task": self.name, "id": self.id, "pool": self.pool, "attempt": self.attempt}
+
+    def begin(self) -> None:
+        """Note the start of this claim."""
+        self.started = time.monotonic()
+        signals.emit(signals.TaskStarted(**self.facts(), waited=self.waited))
+
+    def prepare(self, session: Session) -> None:
+        """Get ready for one try, on *session*: every commit on it must hold what this module demands."""
+        self._finishing = False
+        self._result = None
+        self.current = self._make_current()
+        self.session = session
+        timeout = self.task.settings.timeout
+        self._deadline = None if timeout is None else time.monotonic() + timeout
+        at_every_commit(session, begun=self._begun, committing=self._committing)
+
+    def finish_with(self, result: Any) -> None:
+        """Make the next commit the last one."""
+        self._result = self.task.results.store(result, task=self.name)
+        self._finishing = True
+
+    @property
+    def is_finishing(self) -> bool:
+        """Whether the function has returned and its last commit is being made."""
+        return self._finishing
+
+    def _make_current(self) -> CurrentRun:
+        return CurrentRun(
+            id=self.id,
+            name=self.name,
+            attempt=self.attempt,
+            restored=None if self.checkpoint is None else json.loads(self.checkpoint),
+            on_progress=self._progressed,
+        )
+
+    def _progressed(self) -> None:
+        if self.on_progress is not None:
+            self.on_progress(self)
+
+    def _begun(self, connection: Connection) -> None:
+        self._changes = moves.changes_so_far(connection)
+
+    def _committing(self, connection: Connection) -> None:
+        if self.abandoned is not None:
+            raise self.abandoned
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise self.overdue()
+        if self._finishing:
+            if self.claim is not None and not moves.finish(connection, self.claim, self._result):
+                raise self.lost()
+        else:
+            self._commit_in_the_middle(connection)
+        if connection.dialect.name == "sqlite" and self.claim is not None:
+            # Nobody else could write it now without waiting for us.
+            progress = self.current.take_progress()
+            if progress is not None:
+                moves.set_progress(connection, self.id, *progress)
+
+    def _commit_in_the_middle(self, connection: Connection) -> None:
+        value = self.current.take_checkpoint()
+        if value is not None:
+            if self.claim is None:
+                self.checkpoint = value
+            elif not moves.save_checkpoint(connection, self.claim, value):
+                raise self.lost()
+            return
+        if not self.task.settings.repeatable and moves.wrote_something(connection, self._changes):
+            raise CommitWithoutCheckpoint(
+                f"Task {self.name!r} committed before its end, and wrote something: if the run is repeated after a "
+                "crash or a conflict, it would be written again. Rolled back. The last commit is made for you: leave "
+                "out session.commit() at the end. In the middle, call current_run().checkpoint(value) before it and "
+                "go on from current_run().restored; or declare @db.task(repeatable=True) if running again from the "
+                "top does no harm (status flags, upserts).",
+                task=self.name,
+                run_id=self.id,
+            )
+        if self.claim is not None and not moves.lock(connection, self.claim):
+            raise self.lost()
+
+    def lost(self) -> LostClaim:
+        """The error of a run that no longer owns its record."""
+        return LostClaim(
+            f"Task {self.name!r} ({self.id}, attempt {self.attempt}) no longer owns its record: it was rescued by "
+            "another worker after this one fell silent, or it was cancelled. Nothing of this run was committed.",
+            task=self.name,
+            run_id=self.id,
+        )
+
+    def overdue(self) -> TaskTimeout:
+        """The error of a run that took too long."""
+        return TaskTimeout(
+            f"Task {self.name!r} ({self.id}) took longer than its timeout of {self.task.settings.timeout} s. "
+            "Rolled back. Give it more time with @db.task(timeout=…), or commit what is done with a checkpoint.",
+            task=self.name,
+            run_id=self.id,
+        )
+
+
+def failure_of(error: BaseException) -> Failure:
+    """What the record keeps of *error*; SQLAlchemy leaves bound values out, because our engines hide them."""
+    line = "".join(traceback.format_exception_only(error)).strip().splitlines()
+    return Failure(
+        error=(line[0] if line else type(error).__name__)[:1000],
+        traceback="".join(traceback.format_exception(error))[-20_000:],
+    )
+
+
+def now() -> str:
+    """This moment, for an entry in a record's list of errors."""
+    return datetime.now(UTC).isoformat()
+
+
+def note_fault(context: Any) -> None:
+    """Remember, on the run at hand, what the database answered: the task's code may catch it.
+
+    A listener of the engines' ``handle_error``. The usual get-or-create swallows a unique violation, finds nothing in
+    its old snapshot, and then fails with an error of its own.
+    """
+    run = current_run()
+    if run is None:
+        return
+    fault = fault_of(context.sqlalchemy_exception or context.original_exception)
+    run.saw_unique = run.saw_unique or fault is Fault.UNIQUE
+    run.saw_conflict = run.saw_conflict or fault is Fault.CONFLICT

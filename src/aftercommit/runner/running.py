@@ -1,0 +1,113 @@
+"""A runner for the length of a ``with`` or an ``async with``."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+from typing import TYPE_CHECKING, Protocol
+
+from aftercommit.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from types import TracebackType
+
+    from aftercommit.runner.outbox import Outbox
+    from aftercommit.runner.runner import Runner
+
+__all__ = ["Running"]
+
+
+class _Home(Protocol):
+    """What a runner needs of its ``Database``."""
+
+    outbox: Outbox
+
+    def new_runner(self, pools: Sequence[str]) -> Runner:
+        """Make one."""
+
+    async def prepare_tables(self, *, create: bool | None) -> bool:
+        """Make or check the tables; whether there are any."""
+
+
+class Running:
+    """Runs tasks while it is open. Async tasks run on the loop of ``async with``, or on one of its own.
+
+    Args:
+        home: The database.
+        pools: Whose tasks run here; with none, nothing is started.
+        grace: Seconds that running tasks get at the end.
+        create_tables: Whether to make our tables first; None for SQLite only.
+    """
+
+    def __init__(self, home: _Home, pools: Sequence[str], *, grace: float, create_tables: bool | None) -> None:
+        self._home = home
+        self._pools = pools
+        self._grace = grace
+        self._create_tables = create_tables
+        self._runner: Runner | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread: threading.Thread | None = None
+
+    async def __aenter__(self) -> None:
+        """Start."""
+        outbox = self._home.outbox
+        durable = await self._home.prepare_tables(create=self._create_tables)
+        if outbox.started is not None or not self._pools:
+            # Replaced by a test, or told to hand over only.
+            return
+        if outbox.runner is not None:
+            raise ConfigurationError(
+                "The runner of this Database is running already in this process. One is enough: leave out the second "
+                "db.running(), or the second install(app, db)."
+            )
+        runner = self._home.new_runner(self._pools)
+        try:
+            await runner.start(durable=durable)
+        except BaseException:
+            await asyncio.to_thread(runner.books.stop, 5.0)
+            raise
+        self._runner = runner
+        outbox.runner = runner
+
+    async def __aexit__(self, *_: object) -> None:
+        """Stop in order."""
+        runner, self._runner = self._runner, None
+        if runner is None:
+            return
+        try:
+            await runner.stop(grace=self._grace)
+        finally:
+            self._home.outbox.runner = None
+
+    def __enter__(self) -> None:
+        """Start, with an event loop on a thread of its own for async tasks."""
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="aftercommit-loop", daemon=True)
+        self._thread.start()
+        try:
+            asyncio.run_coroutine_threadsafe(self.__aenter__(), self._loop).result()
+        except BaseException:
+            self._end_loop()
+            raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stop in order, and end the loop."""
+        assert self._loop is not None  # noqa: S101  # made by __enter__
+        try:
+            asyncio.run_coroutine_threadsafe(self.__aexit__(), self._loop).result()
+        finally:
+            self._end_loop()
+
+    def _end_loop(self) -> None:
+        loop, thread = self._loop, self._thread
+        assert loop is not None  # noqa: S101  # made by __enter__
+        assert thread is not None  # noqa: S101  # made by __enter__
+        with contextlib.suppress(RuntimeError):
+            asyncio.run_coroutine_threadsafe(loop.shutdown_default_executor(), loop).result()
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()

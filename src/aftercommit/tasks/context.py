@@ -1,0 +1,63 @@
+"""What follows a task across the hand-over besides its arguments: trace headers and the log's context.
+
+Plain text, kept on the record, so that a link survives a restart and a rescue. The request's other context
+variables stay behind: they may hold a session, a user, a whole request.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
+__all__ = ["capture", "restored"]
+
+_PLAIN = (str, int, float, bool, type(None))
+_MAX_BYTES = 4096
+
+
+def capture() -> str | None:
+    """Return what should follow the task, as JSON text, or None if there is nothing."""
+    carried: dict[str, Any] = {}
+    # Only what the application has already imported can be in use, so nothing is imported for this.
+    structlog = sys.modules.get("structlog")
+    if structlog is not None:
+        bound = structlog.contextvars.get_contextvars()
+        plain = {name: value for name, value in bound.items() if isinstance(value, _PLAIN)}
+        if plain:
+            carried["structlog"] = plain
+    propagate = sys.modules.get("opentelemetry.propagate")
+    if propagate is not None:
+        headers: dict[str, str] = {}
+        propagate.inject(headers)
+        if headers:
+            carried["trace"] = headers
+    if not carried:
+        return None
+    try:
+        text = json.dumps(carried, allow_nan=False)
+    except ValueError:
+        return None
+    return text if len(text) <= _MAX_BYTES else None
+
+
+def restored(text: str | None) -> AbstractContextManager[object]:
+    """Put back what ``capture`` returned, for the length of a ``with``."""
+    stack = ExitStack()
+    if text is None:
+        return stack
+    carried = json.loads(text)
+    structlog = sys.modules.get("structlog")
+    if structlog is not None and carried.get("structlog"):
+        stack.enter_context(structlog.contextvars.bound_contextvars(**carried["structlog"]))
+    if carried.get("trace"):
+        otel = sys.modules.get("opentelemetry.context")
+        propagate = sys.modules.get("opentelemetry.propagate")
+        if otel is not None and propagate is not None:
+            token = otel.attach(propagate.extract(carried["trace"]))
+            stack.callback(otel.detach, token)
+    return stack

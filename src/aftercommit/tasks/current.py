@@ -1,0 +1,129 @@
+"""The run at hand: what a task's code may ask and tell about itself."""
+
+from __future__ import annotations
+
+import json
+import threading
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from pydantic_core import PydanticSerializationError, to_json
+
+from aftercommit.errors import HandOverError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from uuid import UUID
+
+__all__ = ["CurrentRun", "as_current", "current_run"]
+
+
+class CurrentRun:
+    """One run of a task, from inside.
+
+    Attributes:
+        id: The record's id; the idempotency key for everything outside this database.
+        name: The task's name.
+        attempt: 1 for the first.
+        restored: The value that an earlier run of this task saved with ``checkpoint``; None if there is none.
+    """
+
+    __slots__ = ("_checkpoint", "_lock", "_on_progress", "_progress", "attempt", "id", "name", "restored", "saw_conflict", "saw_unique")
+
+    def __init__(
+        self, *, id: UUID, name: str, attempt: int, restored: Any, on_progress: Callable[[], None] | None  # noqa: A002
+    ) -> None:
+        self.id = id
+        self.name = name
+        self.attempt = attempt
+        self.restored = restored
+        self.saw_unique = False
+        self.saw_conflict = False
+        self._checkpoint: str | None = None
+        self._progress: tuple[int, int | None] | None = None
+        self._on_progress = on_progress
+        self._lock = threading.Lock()
+
+    def __repr__(self) -> str:
+        """Name, id and attempt."""
+        return f"<run of {self.name} {self.id}, attempt {self.attempt}>"
+
+    def progress(self, done: int, total: int | None = None) -> None:
+        """Say how far the run is, for whoever looks at ``TaskRecord.progress_done`` and ``progress_total``.
+
+        Cheap enough for every record: only the last value is written, now and then, outside the task's transaction
+        (on SQLite, where that would wait for the task itself, with the task's next commit).
+
+        Args:
+            done: What is done.
+            total: Of how many, if that is known.
+
+        Raises:
+            ValueError: If *done* is negative or beyond *total*.
+        """
+        if done < 0 or (total is not None and done > total):
+            raise ValueError(f"progress({done}, {total}): 0 <= done <= total does not hold")
+        with self._lock:
+            self._progress = (done, total)
+        if self._on_progress is not None:
+            self._on_progress()
+
+    def checkpoint(self, value: Any) -> None:
+        """Save *value* with the next commit of the task's session: a later run finds it in ``restored``.
+
+        Saved in the same transaction as what the task wrote, so the two never disagree.
+
+        Args:
+            value: Anything that JSON gives back unchanged: where to go on.
+
+        Raises:
+            HandOverError: If JSON would change it.
+        """
+        try:
+            text = to_json(value).decode()
+            back = json.loads(text)
+        except (PydanticSerializationError, UnicodeError, ValueError) as exc:
+            raise HandOverError(f"checkpoint({type(value).__name__}): JSON cannot carry this value: {exc}.") from exc
+        if back != value:
+            raise HandOverError(
+                f"checkpoint({type(value).__name__}): the value would come back changed from JSON. "
+                "Save plain numbers, strings, lists and dictionaries, such as the last id that is done."
+            )
+        self._checkpoint = text
+
+    def take_checkpoint(self) -> str | None:
+        """Hand out the value to be saved with this commit, once, as JSON text."""
+        value, self._checkpoint = self._checkpoint, None
+        return value
+
+    def take_progress(self) -> tuple[int, int | None] | None:
+        """Hand out the last progress that nobody has written yet."""
+        with self._lock:
+            value, self._progress = self._progress, None
+        return value
+
+
+_current: ContextVar[CurrentRun | None] = ContextVar("aftercommit_run", default=None)
+
+
+def current_run() -> CurrentRun | None:
+    """Return the run that the calling code belongs to, or None outside of tasks."""
+    return _current.get()
+
+
+class as_current:  # noqa: N801  # reads as a verb where it is used: `with as_current(run):`
+    """Make *run* the current one for the length of a ``with``."""
+
+    __slots__ = ("_run", "_token")
+
+    def __init__(self, run: CurrentRun) -> None:
+        self._run = run
+
+    def __enter__(self) -> CurrentRun:
+        """Set it."""
+        self._token = _current.set(self._run)
+        return self._run
+
+    def __exit__(self, *_: object) -> None:
+        """Set back what was there."""
+        _current.reset(self._token)
