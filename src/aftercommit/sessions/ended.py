@@ -44,34 +44,35 @@ def end_for_good(session: Session | AsyncSession, owner: Owner) -> None:
 
 
 def _change_class(session: Session | AsyncSession) -> None:
-    if not isinstance(session, _Ended):
+    if type(session) not in _ended_classes:
         session.__class__ = _ended_class(type(session))
+
+
+_ended_classes: Final[set[type]] = set()
 
 
 @cache
 def _ended_class(kind: type[Session] | type[AsyncSession]) -> type:
-    harmless = _async_harmless() if issubclass(kind, AsyncSession) else _sync_harmless()
-    return type(f"Ended{kind.__name__}", (_Ended, kind), {**harmless, "__module__": __name__})
+    # One base and no slots: the class of an object can only be changed for one of the same layout.
+    methods = {**_sync_harmless(), **(_async_harmless() if issubclass(kind, AsyncSession) else {})}
+    refusals = {"__getattribute__": _get, "__contains__": _contains, "__iter__": _iterate, "is_active": False}
+    ended = type(f"Ended{kind.__name__}", (kind,), {**methods, **refusals, "__module__": __name__, "__slots__": ()})
+    _ended_classes.add(ended)
+    return ended
 
 
-class _Ended:
-    """Mixed in over the class that the session had."""
+def _get(self: Any, name: str) -> Any:
+    if name in _HARMLESS or (name.startswith("__") and name.endswith("__")):
+        return object.__getattribute__(self, name)
+    _refuse(self, name)
 
-    def __getattribute__(self, name: str) -> Any:
-        if name in _HARMLESS or (name.startswith("__") and name.endswith("__")):
-            return super().__getattribute__(name)
-        _refuse(self, name)
 
-    # These three are looked up on the class, not on the instance.
-    def __contains__(self, _instance: object) -> bool:
-        _refuse(self, "__contains__")
+def _contains(self: Any, _instance: object) -> bool:
+    _refuse(self, "in")
 
-    def __iter__(self) -> NoReturn:
-        _refuse(self, "__iter__")
 
-    @property
-    def is_active(self) -> bool:
-        return False
+def _iterate(self: Any) -> NoReturn:
+    _refuse(self, "iter()")
 
 
 def _refuse(session: Any, operation: str) -> NoReturn:
@@ -108,4 +109,4 @@ def _async_harmless() -> dict[str, Callable[..., Any]]:
         """Do nothing: the session has ended."""
 
     awaited = ("close", "aclose", "rollback", "invalidate", "reset")
-    return {**_sync_harmless(), **dict.fromkeys(awaited, nothing)}
+    return dict.fromkeys(awaited, nothing)
