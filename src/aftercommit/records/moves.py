@@ -34,6 +34,7 @@ __all__ = [
     "cancel",
     "changes_so_far",
     "claim",
+    "claim_one",
     "clear_progress",
     "fail",
     "finish",
@@ -317,6 +318,19 @@ def claim(connection: Connection, *, pool: str, names: Sequence[str], worker: UU
     ]
     # An UPDATE returns its rows in no order in particular; ids rise with time.
     return sorted(found, key=lambda each: (-each.waited, each.claim.id))
+
+
+_CLAIM_ONE = Statement(
+    "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = 1, claims = 1, queued_key = NULL, "
+    f"started_at = {_PG_NOW} WHERE id = :id AND state = 'queued'",
+    "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = 1, claims = 1, queued_key = NULL, "
+    f"started_at = {_LITE_NOW} WHERE id = :id AND state = 'queued'",
+)
+
+
+def claim_one(connection: Connection, record: UUID, *, worker: UUID) -> bool:
+    """Take one queued task for its first attempt, due or not: a test does not wait."""
+    return _CLAIM_ONE.execute(connection, {"id": record, "worker": worker}).rowcount == 1
 
 
 def next_due(connection: Connection, *, names: Sequence[str]) -> dict[str, float]:

@@ -43,7 +43,7 @@ class Running:
 
     def __init__(self, home: _Home, pools: Sequence[str], *, grace: float, create_tables: bool | None) -> None:
         self._home = home
-        self._pools = pools
+        self.pools = pools
         self._grace = grace
         self._create_tables = create_tables
         self._runner: Runner | None = None
@@ -54,7 +54,7 @@ class Running:
         """Start."""
         outbox = self._home.outbox
         durable = await self._home.prepare_tables(create=self._create_tables)
-        if outbox.started is not None or not self._pools:
+        if outbox.started is not None or not self.pools:
             # Replaced by a test, or told to hand over only.
             return
         if outbox.runner is not None:
@@ -62,7 +62,7 @@ class Running:
                 "The runner of this Database is running already in this process. One is enough: leave out the second "
                 "db.running(), or the second install(app, db)."
             )
-        runner = self._home.new_runner(self._pools)
+        runner = self._home.new_runner(self.pools)
         try:
             await runner.start(durable=durable)
         except BaseException:

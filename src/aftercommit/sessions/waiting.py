@@ -85,6 +85,7 @@ class _Item:
     bind: Engine | Connection
     asked_during: BaseException | None
     written: bool = False
+    savepoints: tuple[str, ...] = ()
 
 
 @dataclass(eq=False, slots=True, weakref_slot=True)
@@ -108,7 +109,7 @@ class _Ledger:
     """What one connection will commit: for the sessions that began on it, and for those that have gone."""
 
     tracks: list[_Track] = field(default_factory=list)
-    confirmed: list[_Item | str] = field(default_factory=list)  # a string is the name of an open savepoint
+    confirmed: list[_Item] = field(default_factory=list)
     simulated: bool = False
     at_commit: Callable[[Connection], None] | None = None
 
@@ -312,14 +313,15 @@ def _end_root(track: _Track, items: list[_Item]) -> None:
 def _pass_on(track: _Track, items: list[_Item]) -> None:
     """A joined session committed: from here on its outer transaction decides."""
     for item in items:
-        ledger = next((_ledgers[each] for each in track.connections if _is_on(each, item.bind) and each in _ledgers), None)
-        if ledger is None:
+        connection = next((each for each in track.connections if _is_on(each, item.bind)), None)
+        ledger = None if connection is None else _ledgers.get(connection)
+        if connection is None or ledger is None:
             _report_lost([item])
         elif ledger.simulated:
-            connection = next(each for each in track.connections if _is_on(each, item.bind))
             item.sink.write(connection, [item.entry], prompt=False)
             item.sink.committed([item.entry])
         else:
+            item.savepoints = _open_savepoints(connection)
             ledger.confirmed.append(item)
 
 
@@ -344,9 +346,7 @@ def _attach(track: _Track, connection: Connection) -> None:
 def _listen(target: Engine | Connection) -> None:
     event.listen(target, "commit", _on_commit)
     event.listen(target, "rollback", _on_rollback)
-    event.listen(target, "savepoint", _on_savepoint)
     event.listen(target, "rollback_savepoint", _on_rollback_savepoint)
-    event.listen(target, "release_savepoint", _on_release_savepoint)
 
 
 def _on_commit(connection: Connection) -> None:
@@ -360,8 +360,7 @@ def _on_commit(connection: Connection) -> None:
 
 
 def _write(ledger: _Ledger, connection: Connection) -> None:
-    passed_on = [item for item in ledger.confirmed if not isinstance(item, str)]
-    ledger.confirmed.clear()
+    passed_on, ledger.confirmed = ledger.confirmed, []
     prompt: list[_Item] = []
     for track in ledger.tracks:
         waiting = [item for item in track.items if not item.written and _is_on(connection, item.bind)]
@@ -383,37 +382,32 @@ def _on_rollback(connection: Connection) -> None:
     ledger = _ledgers.get(connection)
     if ledger is None:
         return
-    gone = [item for item in ledger.confirmed if not isinstance(item, str)]
-    ledger.confirmed.clear()
+    gone, ledger.confirmed = ledger.confirmed, []
     for track in ledger.tracks:
         track.rolled_back = True
     if gone:
         _by_sink(gone, lambda sink, entries: sink.dropped(entries))
 
 
-def _on_savepoint(connection: Connection, name: str) -> None:
-    ledger = _ledgers.get(connection)
-    if ledger is not None:
-        ledger.confirmed.append(name)
-
-
-def _on_rollback_savepoint(connection: Connection, name: str, _context: NestedTransaction | None) -> None:
+def _on_rollback_savepoint(connection: Connection, name: str, _context: None) -> None:
     ledger = _ledgers.get(connection)
     if ledger is None:
         return
-    # A savepoint that was open before we listened is older than all that waits here.
-    at = ledger.confirmed.index(name) if name in ledger.confirmed else 0
-    gone = [item for item in ledger.confirmed[at:] if not isinstance(item, str)]
-    del ledger.confirmed[at:]
+    gone = [item for item in ledger.confirmed if name in item.savepoints]
+    ledger.confirmed = [item for item in ledger.confirmed if name not in item.savepoints]
     if gone:
         _by_sink(gone, lambda sink, entries: sink.dropped(entries))
 
 
-def _on_release_savepoint(connection: Connection, name: str, _context: NestedTransaction | None) -> None:
-    ledger = _ledgers.get(connection)
-    if ledger is not None and name in ledger.confirmed:
-        at = ledger.confirmed.index(name)
-        ledger.confirmed[at:] = [item for item in ledger.confirmed[at:] if not isinstance(item, str)]
+def _open_savepoints(connection: Connection) -> tuple[str, ...]:
+    """Names of the savepoints of somebody else's making that are open around a joined session."""
+    names: list[str] = []
+    nested: NestedTransaction | None = connection.get_nested_transaction()
+    while nested is not None:
+        # No public name tells which savepoint an event is about (2.0 and 2.1); its name is in this attribute.
+        names.append(nested._savepoint)  # noqa: SLF001
+        nested = nested._previous_nested  # noqa: SLF001
+    return tuple(names)
 
 
 # --- small things -----------------------------------------------------------------------------------------------

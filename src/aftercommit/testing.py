@@ -1,0 +1,307 @@
+"""For users' tests: another database in place of the real one, and tasks that run when the test says so.
+
+```python
+with replace(db, connection=connection) as tasks:   # an outer transaction, rolled back by the test
+    client.post("/files", …)
+    tasks.run()
+```
+
+Overriding FastAPI's dependencies is not enough: whoever opens a session of his own, tasks among them, would still
+write to the real database. Here the ``Database`` itself is replaced.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import TYPE_CHECKING, Any
+
+from sqlalchemy import URL, Connection, NullPool
+from sqlalchemy.ext.asyncio import AsyncConnection
+
+from aftercommit.errors import ConfigurationError
+from aftercommit.records import moves, schema
+from aftercommit.records.ids import uuid7
+from aftercommit.runner.run import Run, failure_of, now
+from aftercommit.runner.shells import try_async, try_sync
+from aftercommit.sessions import simulate_commits
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import TracebackType
+    from uuid import UUID
+
+    from aftercommit.database import Database
+    from aftercommit.runner import Wanted
+    from aftercommit.tasks import Task
+
+__all__ = ["PendingTask", "Tasks", "replace"]
+
+
+class PendingTask:
+    """A task that was handed over and committed, and has not run.
+
+    Attributes:
+        id: The record's id.
+        name: The task's name.
+        task: The task.
+    """
+
+    __slots__ = ("_entry", "id", "name", "task")
+
+    def __init__(self, entry: Wanted) -> None:
+        self._entry = entry
+        self.id: UUID = entry.id
+        self.name: str = entry.name
+        self.task: Task[Any, Any] = entry.task
+
+    def __repr__(self) -> str:
+        """Name and id."""
+        return f"<pending {self.name} {self.id}>"
+
+    def as_run(self) -> Run:
+        """The run, in the test's own hands."""
+        entry = self._entry
+        return entry.as_run(moves.Claim(entry.id, 1, 1) if entry.task.settings.durable else None)
+
+
+class Tasks:
+    """What was handed over while the database is replaced."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+        self._worker = uuid7()
+        self._pending: list[PendingTask] = []
+
+    @property
+    def pending(self) -> tuple[PendingTask, ...]:
+        """What was committed and has not run, oldest first."""
+        return tuple(self._pending)
+
+    def run(self) -> int:
+        """Run all that is pending, here, and what that asks for in turn; return how many ran.
+
+        Raises:
+            Exception: What a task raises; its record says ``failed``, and the rest stays pending.
+        """
+        return self._count(self._run_next)
+
+    async def async_run(self) -> int:
+        """Run all that is pending, on this event loop, and what that asks for in turn; return how many ran."""
+        count = 0
+        while self._pending:
+            await self._async_run_next(self._pending.pop(0))
+            count += 1
+        return count
+
+    def took(self, entries: Sequence[Wanted]) -> None:
+        """Take over what was committed."""
+        self._pending += [PendingTask(entry) for entry in entries if entry.written or not entry.task.settings.durable]
+
+    # Ground and Bookkeeping of the shells: a task runs here as it does in a runner.
+
+    @property
+    def sessions(self) -> Any:
+        """Makes sessions."""
+        return self._db.sessions
+
+    @property
+    def books(self) -> Tasks:
+        """Writes in the test's own place."""
+        return self
+
+    def call(self, work: Any) -> Any:
+        """Run ``work(connection)`` in a transaction."""
+        return self._db._call(work)  # noqa: SLF001  # what a test stands on is the database's own way
+
+    async def async_call(self, work: Any) -> Any:
+        """Run ``work(connection)`` in a transaction."""
+        return await self._db.async_call_anyhow(work)
+
+    def _count(self, run_next: Callable[[PendingTask], None]) -> int:
+        count = 0
+        while self._pending:
+            run_next(self._pending.pop(0))
+            count += 1
+        return count
+
+    def _run_next(self, pending: PendingTask) -> None:
+        run = pending.as_run()
+        if run.task.is_async:
+            try:
+                asyncio.get_running_loop()
+            except RuntimeError:
+                pass
+            else:
+                self._pending.insert(0, pending)
+                raise ConfigurationError(
+                    f"Task {pending.name!r} is async, and tasks.run() was called on a running event loop. "
+                    "Write await tasks.async_run()."
+                )
+            if isinstance(self._db.sessions.connection, Connection):
+                self._pending.insert(0, pending)
+                raise ConfigurationError(
+                    f"Task {pending.name!r} is async, and the database is replaced by a Connection, which cannot serve "
+                    "it. Replace it with an AsyncConnection and write await tasks.async_run(), or with url=…."
+                )
+            with asyncio.Runner() as runner:
+                runner.run(self._async_run_next(pending))
+            return
+        if run.claim is not None and not self.call(self._claiming(run)):
+            return
+        error = try_sync(run, self)
+        if error is not None:
+            if run.claim is not None:
+                self.call(self._failing(run, error))
+            raise error
+
+    async def _async_run_next(self, pending: PendingTask) -> None:
+        run = pending.as_run()
+        if not run.task.is_async:
+            if self._db.sessions.is_async_only and run.task.takes is not None:
+                self._db.sessions.scope("default", run.owner)
+            await asyncio.to_thread(self._run_next, pending)
+            return
+        if run.claim is not None and not await self.async_call(self._claiming(run)):
+            return
+        error = await try_async(run, self)
+        if error is not None:
+            if run.claim is not None:
+                await self.async_call(self._failing(run, error))
+            raise error
+
+    def _claiming(self, run: Run) -> Callable[[Connection], bool]:
+        return lambda connection: moves.claim_one(connection, run.id, worker=self._worker)
+
+    def _failing(self, run: Run, error: BaseException) -> Callable[[Connection], bool]:
+        claim = run.claim
+        assert claim is not None  # noqa: S101  # asked by the callers
+        return lambda connection: moves.fail(connection, claim, failure_of(error), at=now())
+
+
+class replace:  # noqa: N801  # reads as a verb: `with replace(db, url=…) as tasks:`
+    """Put another database in the place of *db*'s, for the length of a ``with`` (or an ``async with``).
+
+    Nothing starts by itself. At the end, tasks that were left waiting in a session that closed without a commit
+    raise ``TasksNotCommitted``: the test fails.
+
+    Args:
+        db: The database that the application uses.
+        url: Another database. Our tables are made there.
+        connection: A connection in a transaction of the test's: every session joins it, each commit is a savepoint,
+            and the test rolls everything back. An ``AsyncConnection`` for async code.
+
+    Raises:
+        ConfigurationError: If not exactly one is given, or the runner is alive.
+    """
+
+    def __init__(
+        self,
+        db: Database,
+        *,
+        url: str | URL | None = None,
+        connection: Connection | AsyncConnection | None = None,
+    ) -> None:
+        if (url is None) == (connection is None):
+            raise ConfigurationError("replace(db, …) needs either url= or connection=.")
+        self._db = db
+        self._url = url
+        self._connection = connection
+
+    def __enter__(self) -> Tasks:
+        """Replace it."""
+        tasks = self._put()
+        try:
+            if isinstance(self._connection, AsyncConnection):
+                raise ConfigurationError("An AsyncConnection needs `async with replace(db, connection=…) as tasks:`.")
+            if self._connection is not None:
+                self._prepare(self._connection)
+            elif self._db.sessions.is_async_only:
+                with asyncio.Runner() as runner:
+                    runner.run(self._db.async_create_tables())
+            else:
+                self._db.create_tables()
+        except BaseException:
+            self._put_back()
+            raise
+        return tasks
+
+    async def __aenter__(self) -> Tasks:
+        """Replace it."""
+        tasks = self._put()
+        try:
+            if isinstance(self._connection, AsyncConnection):
+                await self._connection.run_sync(self._prepare)
+            elif self._connection is not None:
+                self._prepare(self._connection)
+            else:
+                await self._db.prepare_tables(create=True)
+        except BaseException:
+            self._put_back()
+            raise
+        return tasks
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        """Put the real one back."""
+        if self._connection is None:
+            self._db.dispose()
+        self._finish(error)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _traceback: TracebackType | None
+    ) -> None:
+        """Put the real one back."""
+        if self._connection is None:
+            await self._db.async_dispose()
+        self._finish(error)
+
+    def _put(self) -> Tasks:
+        db = self._db
+        if db.runner is not None:
+            raise ConfigurationError(
+                "The runner of this Database is alive: tasks would start by themselves. Replace the database before the "
+                "application starts (before `with TestClient(app)`)."
+            )
+        if db.outbox.started is not None:
+            raise ConfigurationError("This Database is replaced already; one replace(…) at a time.")
+        tasks = Tasks(db)
+        self._sessions = db.sessions
+        if self._connection is not None:
+            db.sessions = db.sessions.joined_to(self._connection)
+        else:
+            # No connection outlives its session, so a test may use several event loops, as test clients do.
+            pools = db.make_pools(
+                self._url or "",
+                engine_options={},
+                async_engine_options={"poolclass": NullPool},
+            )
+            db.sessions = db.sessions.on(pools)
+        db.outbox.started = tasks.took
+        db.outbox.lost_tasks.clear()
+        db.forget_binds()
+        return tasks
+
+    def _prepare(self, connection: Connection) -> None:
+        if not connection.in_transaction():
+            raise ConfigurationError(
+                "replace(db, connection=…) needs a connection in a transaction, which the test rolls back: "
+                "connection.begin() first."
+            )
+        simulate_commits(connection)
+        schema.create_tables(connection)
+
+    def _put_back(self) -> None:
+        db = self._db
+        db.sessions = self._sessions
+        db.outbox.started = None
+        db.forget_binds()
+
+    def _finish(self, error: BaseException | None) -> None:
+        lost = list(self._db.outbox.lost_tasks)
+        self._db.outbox.lost_tasks.clear()
+        self._put_back()
+        if lost and error is None:
+            raise lost[0]
+
+
