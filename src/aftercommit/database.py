@@ -17,7 +17,14 @@ from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
-from aftercommit.errors import ConfigurationError, HandOverError, RunnerNotRunning, SchemaError, TaskDefinitionError, TaskStateError
+from aftercommit.errors import (
+    ConfigurationError,
+    HandOverError,
+    RunnerNotRunning,
+    SchemaError,
+    TaskDefinitionError,
+    TaskStateError,
+)
 from aftercommit.pools import Pools, PoolSettings
 from aftercommit.pools.pools import BOOKKEEPING, REQUEST
 from aftercommit.pools.settings import check_isolation_level
@@ -205,6 +212,7 @@ class Database:
     @overload
     def task(
         self,
+        /,
         *,
         name: str | None = None,
         aliases: Sequence[str] = (),
@@ -284,7 +292,11 @@ class Database:
         return decorate if function is None else decorate(function)
 
     def after_commit(
-        self, session: Session | AsyncSession | scoped_session[Any] | Any, task: Task[P, Any], *args: P.args, **kwargs: P.kwargs
+        self,
+        session: Session | AsyncSession | scoped_session[Any] | Any,
+        task: Task[P, Any],
+        *args: P.args,
+        **kwargs: P.kwargs,
     ) -> TaskHandle:
         """Have *task* run once the transaction that *session* is in has really committed; rolled back, it never was.
 
@@ -305,7 +317,8 @@ class Database:
         """
         if not isinstance(task, Task):
             raise HandOverError(
-                f"after_commit needs a task, and got {getattr(task, '__name__', type(task).__name__)!r}. Declare it with "
+                f"after_commit needs a task, and got {getattr(task, '__name__', type(task).__name__)!r}. Declare it "
+                "with "
                 "@db.task, and pass its arguments behind it: after_commit(task, argument)."
             )
         if task.database is not self:
@@ -392,7 +405,7 @@ class Database:
 
     # --- by hand ------------------------------------------------------------------------------------------------
 
-    def cancel(self, id: UUID) -> None:  # noqa: A002  # the name users read
+    def cancel(self, id: UUID) -> None:
         """Cancel a task that is queued or running; a running one can commit nothing more.
 
         Raises:
@@ -400,11 +413,11 @@ class Database:
         """
         self._moved("cancel", id, self._call(lambda connection: moves.cancel(connection, id)))
 
-    async def async_cancel(self, id: UUID) -> None:  # noqa: A002  # the name users read
+    async def async_cancel(self, id: UUID) -> None:
         """Cancel a task that is queued or running; a running one can commit nothing more."""
         self._moved("cancel", id, await self._async_call(lambda connection: moves.cancel(connection, id)))
 
-    def retry(self, id: UUID) -> None:  # noqa: A002  # the name users read
+    def retry(self, id: UUID) -> None:
         """Queue a task that failed or was cancelled once more, with all its attempts.
 
         Raises:
@@ -412,13 +425,13 @@ class Database:
         """
         self._moved("retry", id, self._call(lambda connection: moves.retry(connection, id)))
 
-    async def async_retry(self, id: UUID) -> None:  # noqa: A002  # the name users read
+    async def async_retry(self, id: UUID) -> None:
         """Queue a task that failed or was cancelled once more, with all its attempts."""
         self._moved("retry", id, await self._async_call(lambda connection: moves.retry(connection, id)))
 
     # --- below --------------------------------------------------------------------------------------------------
 
-    def _moved(self, verb: str, id: UUID, done: bool) -> None:  # noqa: A002, FBT001  # the statement's answer
+    def _moved(self, verb: str, id: UUID, done: bool) -> None:  # noqa: FBT001  # the statement's answer
         if not done:
             wanted = "queued or running" if verb == "cancel" else "failed or cancelled"
             raise TaskStateError(f"Cannot {verb} {id}: there is no task of this id that is {wanted}.")
@@ -456,7 +469,8 @@ class Database:
                 other = self._tasks.get(name)
                 if other is not None:
                     raise TaskDefinitionError(
-                        f"Two tasks are called {name!r}: {other!r} and {task.__module__}.{task.__qualname__}. Records are "
+                        f"Two tasks are called {name!r}: {other!r} and {task.__module__}.{task.__qualname__}. "
+                        "Records are "
                         "found by this name: give one another, with @db.task(name='…')."
                     )
             for name in (task.name, *task.settings.aliases):
@@ -466,8 +480,12 @@ class Database:
     def _runs(self, runs: Sequence[str] | None) -> list[str]:
         told = os.environ.get("AFTERCOMMIT_RUNS")
         if told is not None and told.strip():
-            runs = () if told.strip().lower() == "none" else None if told.strip().lower() == "all" else tuple(
-                name.strip() for name in told.split(",") if name.strip()
+            runs = (
+                ()
+                if told.strip().lower() == "none"
+                else None
+                if told.strip().lower() == "all"
+                else tuple(name.strip() for name in told.split(",") if name.strip())
             )
         every = [name for name in self._settings if name != REQUEST]
         if isinstance(runs, str):
@@ -521,13 +539,15 @@ class Database:
             known = self._ours[engine] = self._is_ours(engine)
         if not known:
             raise HandOverError(
-                f"This session is on another database ({render(engine.url)}) than this Database ({self._pools.shown}). The "
+                f"This session is on another database ({render(engine.url)}) than this Database "
+                f"({self._pools.shown}). The "
                 "task's record would be written where nobody looks for it. Give Database the URL that the session's "
                 "engine has, or hand over with a session of this one."
             )
         if autocommits(bind) and self.sessions.connection is None:
             raise HandOverError(
-                "This session is in AUTOCOMMIT: there is no transaction whose commit the task could wait for. Hand over "
+                "This session is in AUTOCOMMIT: there is no transaction whose commit the task could wait for. Hand "
+                "over "
                 "with a session that has one."
             )
         return bind

@@ -143,14 +143,15 @@ class SessionEnded(AfterCommitError):
         self.operation = operation
 
 
-class PoolExhausted(AfterCommitError, sqlalchemy.exc.TimeoutError):
+class PoolExhausted(AfterCommitError, sqlalchemy.exc.TimeoutError):  # pyright: ignore[reportIncompatibleVariableOverride]
     """No connection of a pool came free in time.
 
     Attributes:
         pool: The pool's name.
     """
 
-    code = "AC203"
+    # SQLAlchemy's errors have a code of the instance, ours of the class.
+    code = "AC203"  # type: ignore[misc]
 
     def __init__(self, message: str, *, pool: str) -> None:
         super().__init__(message)

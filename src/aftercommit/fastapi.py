@@ -136,9 +136,9 @@ def _check_routes(app: FastAPI) -> None:
                 raise ConfigurationError(f"WebSocket {path}: {_NOT_IN_WEBSOCKETS}")
             if dependant.scope != "function":
                 raise ConfigurationError(
-                    f"{path} depends on aftercommit's session without scope=\"function\": it would commit after the "
+                    f'{path} depends on aftercommit\'s session without scope="function": it would commit after the '
                     "response has been sent, so a failing commit would reach the client as a success. Write SessionDep "
-                    "or AsyncSessionDep, or Depends(get_session, scope=\"function\")."
+                    'or AsyncSessionDep, or Depends(get_session, scope="function").'
                 )
 
 
@@ -202,9 +202,10 @@ def _enter(connection: HTTPConnection, db: Database, scope: Scope | AsyncScope) 
     if request.scope is not None:
         if type(request.scope) is type(scope):
             raise ConfigurationError(
-                f"{scope.owner}: this request has a session of this database already, in another scope. Two sessions are "
+                f"{scope.owner}: this request has a session of this database already, in another scope. Two sessions "
+                "are "
                 "two transactions, which commit apart. Use SessionDep (or AsyncSessionDep) everywhere, also in "
-                "sub-dependencies; a generator dependency over it needs Depends(…, scope=\"function\")."
+                'sub-dependencies; a generator dependency over it needs Depends(…, scope="function").'
             )
         raise ConfigurationError(
             f"{scope.owner}: this request asks for a Session and an AsyncSession of the same database. They are two "
@@ -271,7 +272,7 @@ async def get_async_session(connection: HTTPConnection) -> AsyncIterator[AsyncSe
 
 
 def session_of(db: Database) -> Any:
-    """The session of *db*, for an application with several: ``Annotated[Session, session_of(db2)]``."""
+    """Depend on the session of *db*, for an application with several: ``Annotated[Session, session_of(db2)]``."""
 
     async def get_session_of(connection: HTTPConnection) -> AsyncIterator[Session]:
         async for session in _serve_session(connection, db):
@@ -281,7 +282,8 @@ def session_of(db: Database) -> Any:
 
 
 def async_session_of(db: Database) -> Any:
-    """The async session of *db*, for an application with several: ``Annotated[AsyncSession, async_session_of(db2)]``."""
+    """The async session of *db*, for an application with several: ``Annotated[AsyncSession, "
+    "async_session_of(db2)]``."""
 
     async def get_async_session_of(connection: HTTPConnection) -> AsyncIterator[AsyncSession]:
         async for session in _serve_async_session(connection, db):
@@ -369,10 +371,11 @@ def _refuse_overridden(connection: HTTPConnection) -> None:
     route = connection.scope.get("route")
     if not isinstance(route, APIRoute):
         return
-    for dependant in _all_dependants(route.dependant):
-        if dependant.call in (get_session, get_async_session):
+    calls = [dependant.call for dependant in _all_dependants(route.dependant)]
+    for dependency in (get_session, get_async_session):
+        if dependency in calls:
             raise HandOverError(
-                f"{dependant.call.__name__} is overridden, so AfterCommitDep does not know the session of this request, "
+                f"{dependency.__name__} is overridden, so AfterCommitDep does not know the session of this request, "
                 "and the task would be written into another transaction. Override it, too: "
                 "app.dependency_overrides[get_after_commit] = lambda: AfterCommit(db, session); in tests, "
                 "aftercommit.testing.replace(db, …) replaces everything at once."
@@ -388,9 +391,7 @@ async def get_after_commit(connection: HTTPConnection) -> AsyncIterator[AfterCom
         yield after_commit
 
 
-def after_commit_of(
-    db: Database, get_session: Callable[..., Any] | None = None, *, scope: str | None = None
-) -> Any:
+def after_commit_of(db: Database, get_session: Callable[..., Any] | None = None, *, scope: str | None = None) -> Any:
     """Hand over to *db*: ``Annotated[AfterCommit, after_commit_of(db, get_db)]``.
 
     Args:

@@ -260,7 +260,8 @@ class replace:  # noqa: N801  # reads as a verb: `with replace(db, url=…) as t
         db = self._db
         if db.runner is not None:
             raise ConfigurationError(
-                "The runner of this Database is alive: tasks would start by themselves. Replace the database before the "
+                "The runner of this Database is alive: tasks would start by themselves. Replace the database before "
+                "the "
                 "application starts (before `with TestClient(app)`)."
             )
         if db.outbox.started is not None:
@@ -303,5 +304,3 @@ class replace:  # noqa: N801  # reads as a verb: `with replace(db, url=…) as t
         self._put_back()
         if lost and error is None:
             raise lost[0]
-
-

@@ -89,7 +89,12 @@ def _on_savepoint(connection: Connection, _name: str) -> None:
 
 
 def _on_execute(
-    connection: Connection, cursor: Any, statement: str, _parameters: Any, _context: Any, _many: bool
+    connection: Connection,
+    cursor: Any,
+    statement: str,
+    _parameters: Any,
+    _context: Any,
+    _many: bool,  # noqa: FBT001  # the event's signature
 ) -> None:
     if needs_lock(statement) and not in_transaction(connection) and not _autocommits(connection):
         cursor.execute("BEGIN IMMEDIATE")

@@ -66,7 +66,11 @@ class Flavours:
             raise ConfigurationError(
                 f"A {wanted} was asked for, but the driver {driver!r} of {render(self.given)} serves only the other "
                 f"flavour. Write {both}://… to have both"
-                + (f" (pip install '{_TO_INSTALL[name]}')." if (name := package.partition("+")[2]) in _TO_INSTALL else ".")
+                + (
+                    f" (pip install '{_TO_INSTALL[name]}')."
+                    if (name := package.partition("+")[2]) in _TO_INSTALL
+                    else "."
+                )
             )
         driver = url.get_driver_name()
         if importlib.util.find_spec(_PACKAGES[driver]) is None:
@@ -157,7 +161,8 @@ def check_options(flavour: Flavour, options: Mapping[str, Any], url: URL | None)
     if unknown:
         other = "async_engine_options" if flavour == "sync" else "engine_options"
         raise ConfigurationError(
-            f"{name}: the driver {driver!r} knows no connect argument {', '.join(map(repr, unknown))}; every connection "
+            f"{name}: the driver {driver!r} knows no connect argument {', '.join(map(repr, unknown))}; every "
+            "connection "
             f"would fail. Options of the other flavour's driver go into {other}."
         )
 
@@ -167,13 +172,13 @@ def _known_arguments(driver: str) -> set[str]:
         known = {"timeout", "detect_types", "isolation_level", "check_same_thread", "factory", "cached_statements"}
         return known | {"uri", "autocommit", "iter_chunk_size", "loop"}
     if driver == "asyncpg":
-        import asyncpg  # noqa: PLC0415  # optional, and known to be there
+        import asyncpg  # type: ignore[import-untyped]  # optional, and known to be there
 
         # SQLAlchemy takes these out before it calls the driver.
         extra = {"prepared_statement_cache_size", "prepared_statement_name_func", "async_fallback", "async_creator_fn"}
         return set(inspect.signature(asyncpg.connect).parameters) | extra
-    from psycopg import Connection  # noqa: PLC0415  # optional, and known to be there
-    from psycopg.pq import Conninfo  # noqa: PLC0415
+    from psycopg import Connection  # optional, and known to be there
+    from psycopg.pq import Conninfo
 
     options = {option.keyword.decode() for option in Conninfo.get_defaults()}
     return options | set(inspect.signature(Connection.connect).parameters) - {"kwargs"} | {"async_creator_fn"}

@@ -187,7 +187,7 @@ def wrote_something(connection: Connection, before: int) -> bool:
         before: What ``changes_so_far`` said when it began; only SQLite needs it.
     """
     value = _WROTE.execute(connection, {}).scalar()
-    return int(value) > before if connection.dialect.name == "sqlite" else bool(value)
+    return int(value or 0) > before if connection.dialect.name == "sqlite" else bool(value)
 
 
 def changes_so_far(connection: Connection) -> int:
@@ -385,7 +385,8 @@ _SET_PROGRESS = Statement(
     "ON CONFLICT (task_id) DO UPDATE SET done = excluded.done, total = excluded.total"
 )
 _CLEAR_PROGRESS = Statement(
-    "DELETE FROM aftercommit_progress WHERE task_id IN (SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS uuid))",
+    "DELETE FROM aftercommit_progress WHERE task_id IN (SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS "
+    "uuid))",
     "DELETE FROM aftercommit_progress WHERE task_id IN (SELECT value FROM json_each(:ids))",
 )
 

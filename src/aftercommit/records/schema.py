@@ -39,7 +39,9 @@ def schema_problem(connection: Connection) -> str | None:
     inspector = inspect(connection)
     missing = sorted(name for name in Base.metadata.tables if not inspector.has_table(name))
     if missing:
-        return f"the tables {', '.join(missing)} are missing" if len(missing) > 1 else f"the table {missing[0]} is missing"
+        return (
+            f"the tables {', '.join(missing)} are missing" if len(missing) > 1 else f"the table {missing[0]} is missing"
+        )
     version = connection.scalar(select(SchemaRecord.version))
     if version is None or version < SCHEMA_VERSION:
         return f"the tables are of version {version}, and this release needs version {SCHEMA_VERSION}"

@@ -34,7 +34,7 @@ class Statement:
         self._sql = {"postgresql": postgresql, "sqlite": postgresql if sqlite is None else sqlite}
         self._compiled: dict[tuple[str, str], tuple[str, list[str]]] = {}
 
-    def execute(self, connection: Connection, parameters: Mapping[str, Any]) -> CursorResult[Any]:
+    def execute(self, connection: Connection, parameters: Mapping[str, Any]) -> CursorResult[*tuple[Any, ...]]:
         """Run it on *connection*."""
         dialect = connection.dialect
         found = self._compiled.get((dialect.name, dialect.paramstyle))

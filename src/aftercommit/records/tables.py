@@ -38,7 +38,9 @@ class UtcDateTime(TypeDecorator[datetime]):
         if value is None:
             return None
         if value.tzinfo is None:
-            raise ValueError(f"{value!r} has no time zone. Write datetime.now(UTC), or give it one with .replace(tzinfo=…).")
+            raise ValueError(
+                f"{value!r} has no time zone. Write datetime.now(UTC), or give it one with .replace(tzinfo=…)."
+            )
         value = value.astimezone(UTC)
         return value.replace(tzinfo=None) if dialect.name == "sqlite" else value
 
@@ -121,10 +123,16 @@ class TaskRecord(Base):
     errors: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON(none_as_null=True))
 
     progress_done: Mapped[int | None] = column_property(
-        select(ProgressRecord.done).where(ProgressRecord.task_id == id).correlate_except(ProgressRecord).scalar_subquery()
+        select(ProgressRecord.done)
+        .where(ProgressRecord.task_id == id)
+        .correlate_except(ProgressRecord)
+        .scalar_subquery()
     )
     progress_total: Mapped[int | None] = column_property(
-        select(ProgressRecord.total).where(ProgressRecord.task_id == id).correlate_except(ProgressRecord).scalar_subquery()
+        select(ProgressRecord.total)
+        .where(ProgressRecord.task_id == id)
+        .correlate_except(ProgressRecord)
+        .scalar_subquery()
     )
 
     def __repr__(self) -> str:
@@ -198,7 +206,7 @@ class SchemaRecord(Base):
 event.listen(
     TaskRecord.__table__,
     "after_create",
-    DDL(
+    DDL(  # type: ignore[no-untyped-call]  # as SQLAlchemy has it
         "ALTER TABLE aftercommit_task SET (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.02, "
         "autovacuum_vacuum_threshold = 1000, autovacuum_analyze_scale_factor = 0.02)"
     ).execute_if(dialect="postgresql"),

@@ -89,7 +89,8 @@ _PRUNE = Statement(
     "DELETE FROM aftercommit_task WHERE id IN (SELECT id FROM aftercommit_task WHERE finished_at < "
     f"{_PG_NOW} - :keep * interval '1 second' ORDER BY finished_at LIMIT :count FOR UPDATE SKIP LOCKED) RETURNING id",
     "DELETE FROM aftercommit_task WHERE id IN (SELECT id FROM aftercommit_task WHERE finished_at < "
-    "(strftime('%Y-%m-%d %H:%M:%f', 'now', -:keep || ' seconds') || '000') ORDER BY finished_at LIMIT :count) RETURNING id",
+    "(strftime('%Y-%m-%d %H:%M:%f', 'now', -:keep || ' seconds') || '000') ORDER BY finished_at LIMIT :count) "
+    "RETURNING id",
 )
 
 

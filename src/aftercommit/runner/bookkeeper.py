@@ -178,7 +178,7 @@ class Bookkeeper:
                 self._loop.close()
             else:
                 self._engine.dispose()
-        except Exception:  # noqa: BLE001  # the connection may be gone, and so are we
+        except Exception:  # the connection may be gone, and so are we
             logger.debug("The bookkeeping connection could not be closed", exc_info=True)
         with self._wake:
             for _work, future in self._jobs:

@@ -41,7 +41,7 @@ class TaskHandle:
 
     __slots__ = ("created", "id")
 
-    def __init__(self, id: UUID) -> None:  # noqa: A002  # the name users read
+    def __init__(self, id: UUID) -> None:
         self.id = id
         self.created: bool | None = None
 
@@ -115,7 +115,8 @@ class Outbox:
         if durable:
             if _autocommits(connection):
                 raise ConfigurationError(
-                    "This session's connection is in AUTOCOMMIT: there is no transaction whose commit a task could wait "
+                    "This session's connection is in AUTOCOMMIT: there is no transaction whose commit a task could "
+                    "wait "
                     "for. Hand over with a session that has one."
                 )
             worker = None if runner is None else runner.id

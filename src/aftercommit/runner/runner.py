@@ -395,10 +395,8 @@ class Runner:
 
     def _abandon_lost(self, running: frozenset[UUID], held: dict[UUID, Run]) -> None:
         """End runs whose record is no longer ours; twice seen, because a commit may be on its way."""
-        missing = {
-            id for id, run in held.items() if run.claim is not None and run.started and id not in running  # noqa: A001
-        }
-        for id in missing & self._suspects:  # noqa: A001
+        missing = {id for id, run in held.items() if run.claim is not None and run.started and id not in running}
+        for id in missing & self._suspects:
             run = held[id]
             if run.is_finishing or isinstance(run.abandoned, LostClaim):
                 continue
@@ -557,5 +555,3 @@ class Runner:
             self.books.wake()
             with self._changed:
                 self._changed.wait(min(left, 0.05))
-
-

@@ -26,9 +26,11 @@ class _Home(Protocol):
 
     def new_runner(self, pools: Sequence[str]) -> Runner:
         """Make one."""
+        ...
 
     async def prepare_tables(self, *, create: bool | None) -> bool:
         """Make or check the tables; whether there are any."""
+        ...
 
 
 class Running:

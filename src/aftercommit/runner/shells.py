@@ -59,10 +59,12 @@ class Ground(Protocol):
     @property
     def sessions(self) -> SessionFactory:
         """Makes sessions."""
+        ...
 
     @property
     def books(self) -> Bookkeeping:
         """Writes where the task's own pool has no sync flavour."""
+        ...
 
 
 # --- sync -------------------------------------------------------------------------------------------------------
@@ -173,6 +175,7 @@ async def try_async(run: Run, ground: Ground) -> BaseException | None:
     """Run the function once, in a session of its own; return what went wrong."""
     scope = ground.sessions.async_task_scope(run.pool, run.owner, run.task.settings.isolation_level)
     session = scope.session
+    limit: asyncio.Timeout | None = None
     try:
         run.prepare(session.sync_session)
         with restored(run.context), as_current(run.current):
@@ -183,7 +186,7 @@ async def try_async(run: Run, ground: Ground) -> BaseException | None:
             await shielded(session.run_sync(_last_commit))
     except BaseException as exc:  # noqa: BLE001  # it is judged, recorded and told of; nothing is swallowed
         error: BaseException = exc
-        if isinstance(exc, TimeoutError) and "limit" in locals() and limit.expired():
+        if isinstance(exc, TimeoutError) and limit is not None and limit.expired():
             error = run.overdue()
             error.__cause__ = exc
         await shielded(_async_leave(scope, error))
@@ -228,7 +231,8 @@ def _worn_out(run: Run) -> BaseException | None:
     if run.attempt <= run.max_attempts:
         return None
     return WorkerLost(
-        f"Task {run.name!r} ({run.id}) was begun {run.max_attempts} times, and each time its worker died or fell silent "
+        f"Task {run.name!r} ({run.id}) was begun {run.max_attempts} times, and each time its worker died or fell "
+        "silent "
         "before the end. It may be what kills it: look at the memory it takes, and at native code. "
         "Mended, it can be queued again with db.retry(id).",
         task=run.name,
@@ -449,5 +453,3 @@ def _note_on_failure(run: Run, error: BaseException, raised: Exception) -> None:
         raise raised
     error.add_note(f"on_failure raised, too, and what it wrote was rolled back: {type(raised).__name__}: {raised}")
     logger.error("on_failure of task %r (%s) raised", run.name, run.id, exc_info=raised)
-
-

@@ -25,7 +25,18 @@ _ENDED: Final = "aftercommit.ended"
 
 # What may still be read, because it opens nothing; `sync_session` is how SQLAlchemy itself gets from one to the other.
 _HARMLESS: Final = frozenset(
-    {"close", "rollback", "invalidate", "aclose", "expunge_all", "reset", "info", "hash_key", "sync_session", "_proxied"}
+    {
+        "close",
+        "rollback",
+        "invalidate",
+        "aclose",
+        "expunge_all",
+        "reset",
+        "info",
+        "hash_key",
+        "sync_session",
+        "_proxied",
+    }
     | {"is_active", "in_transaction", "in_nested_transaction", "get_transaction", "get_nested_transaction"}
     | {"sync_session_class", "dispatch"}
 )
@@ -45,14 +56,15 @@ def end_for_good(session: Session | AsyncSession, owner: Owner) -> None:
 
 def _change_class(session: Session | AsyncSession) -> None:
     if type(session) not in _ended_classes:
-        session.__class__ = _ended_class(type(session))
+        kind: type = type(session)
+        session.__class__ = _ended_class(kind)
 
 
 _ended_classes: Final[set[type]] = set()
 
 
 @cache
-def _ended_class(kind: type[Session] | type[AsyncSession]) -> type:
+def _ended_class(kind: type[Session | AsyncSession]) -> type:
     # One base and no slots: the class of an object can only be changed for one of the same layout.
     methods = {**_sync_harmless(), **(_async_harmless() if issubclass(kind, AsyncSession) else {})}
     refusals = {"__getattribute__": _get, "__contains__": _contains, "__iter__": _iterate, "is_active": False}
@@ -62,9 +74,9 @@ def _ended_class(kind: type[Session] | type[AsyncSession]) -> type:
 
 
 def _get(self: Any, name: str) -> Any:
-    if name in _HARMLESS or (name.startswith("__") and name.endswith("__")):
-        return object.__getattribute__(self, name)
-    _refuse(self, name)
+    if name not in _HARMLESS and not (name.startswith("__") and name.endswith("__")):
+        _refuse(self, name)
+    return object.__getattribute__(self, name)
 
 
 def _contains(self: Any, _instance: object) -> bool:

@@ -48,7 +48,8 @@ class SessionFactory:
         for option in ("bind", "binds", "twophase", "autobegin"):
             if option in options:
                 raise ConfigurationError(
-                    f"session_options[{option!r}]: sessions are bound to their pool, and begin by themselves. Leave it out."
+                    f"session_options[{option!r}]: sessions are bound to their pool, and begin by themselves. Leave "
+                    "it out."
                 )
         self.pools = pools
         self.connection = connection

@@ -43,7 +43,9 @@ class Scope:
         """The session."""
         return self.session
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _tb: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _tb: TracebackType | None
+    ) -> None:
         """Commit or roll back, then end."""
         try:
             if error is None:

@@ -201,7 +201,7 @@ def _track_of(session: Session) -> _Track:
     track = session.info.get(_TRACK)
     if track is None:
         track = session.info[_TRACK] = _Track()
-    return track  # type: ignore[no-any-return]
+    return track
 
 
 @event.listens_for(Session, "after_begin")

@@ -225,7 +225,7 @@ class Rewriter:
         if any(getattr(extra, "discriminator", None) is not None for extra in arguments[1:]):
             return hint  # the members tell themselves apart
         inner = self.rewrite(arguments[0])
-        return hint if inner is arguments[0] else Annotated[(inner, *arguments[1:])]  # type: ignore[return-value]
+        return hint if inner is arguments[0] else Annotated[(inner, *arguments[1:])]
 
     def _union(self, hint: Any, arguments: tuple[Any, ...]) -> Any:
         before = len(self.rows)

@@ -28,10 +28,27 @@ class CurrentRun:
         restored: The value that an earlier run of this task saved with ``checkpoint``; None if there is none.
     """
 
-    __slots__ = ("_checkpoint", "_lock", "_on_progress", "_progress", "attempt", "id", "name", "restored", "saw_conflict", "saw_unique")
+    __slots__ = (
+        "_checkpoint",
+        "_lock",
+        "_on_progress",
+        "_progress",
+        "attempt",
+        "id",
+        "name",
+        "restored",
+        "saw_conflict",
+        "saw_unique",
+    )
 
     def __init__(
-        self, *, id: UUID, name: str, attempt: int, restored: Any, on_progress: Callable[[], None] | None  # noqa: A002
+        self,
+        *,
+        id: UUID,
+        name: str,
+        attempt: int,
+        restored: Any,
+        on_progress: Callable[[], None] | None,
     ) -> None:
         self.id = id
         self.name = name

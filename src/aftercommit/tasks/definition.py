@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["Task", "TaskSettings", "define"]
 
 P = ParamSpec("P")
-R = TypeVar("R", covariant=True)
+R_co = TypeVar("R_co", covariant=True)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class TaskSettings:
     on_failure: Callable[..., Any] | None
 
 
-class Task(Generic[P, R]):
+class Task(Generic[P, R_co]):
     """A function that can be handed over. Calling it calls the function, for unit tests.
 
     Attributes:
@@ -73,7 +73,7 @@ class Task(Generic[P, R]):
         settings: TaskSettings,
         *,
         database: object,
-        takes: type[Session] | type[AsyncSession] | None,
+        takes: type[Session | AsyncSession] | None,
         options: Options | None = None,
     ) -> None:
         self.function = function
@@ -109,7 +109,7 @@ class Task(Generic[P, R]):
         at: datetime | None = None,
         key: str | None = None,
         priority: int = 0,
-    ) -> Task[P, R]:
+    ) -> Task[P, R_co]:
         """Return the task as it is to be handed over this once.
 
         Args:
@@ -141,7 +141,9 @@ def define(function: Callable[..., Any], settings: TaskSettings, *, database: ob
     """
     _check_function(function, settings.name)
     if settings.timeout is not None and settings.timeout <= 0:
-        raise TaskDefinitionError(f"Task {settings.name!r}: timeout={settings.timeout}: give a positive number of seconds.")
+        raise TaskDefinitionError(
+            f"Task {settings.name!r}: timeout={settings.timeout}: give a positive number of seconds."
+        )
     takes = _first_parameter(function, settings.name)
     if settings.on_failure is not None:
         settings = replace(settings, on_failure=_check_on_failure(function, settings.on_failure, settings.name))
@@ -153,12 +155,14 @@ def _check_function(function: Callable[..., Any], name: str) -> None:
         raise TaskDefinitionError(f"Task {name!r}: the function is a task already. Decorate it once.")
     if not inspect.isfunction(function):
         raise TaskDefinitionError(
-            f"Task {name!r}: {type(function).__name__} is not a plain function. A bound method or a partial brings along "
+            f"Task {name!r}: {type(function).__name__} is not a plain function. A bound method or a partial brings "
+            "along "
             "an object that cannot cross to another process; write a function, and pass what it needs as arguments."
         )
     if inspect.isgeneratorfunction(function) or inspect.isasyncgenfunction(function):
         raise TaskDefinitionError(
-            f"Task {name!r} is a generator: nobody would iterate over it. Write a function that does the whole work; for "
+            f"Task {name!r} is a generator: nobody would iterate over it. Write a function that does the whole work; "
+            "for "
             "many records in short transactions there is db.run_batch."
         )
     if not name or name == "<lambda>":
@@ -168,7 +172,7 @@ def _check_function(function: Callable[..., Any], name: str) -> None:
 _SESSIONS: Final = {"Session": Session, "AsyncSession": AsyncSession}
 
 
-def _first_parameter(function: Callable[..., Any], name: str) -> type[Session] | type[AsyncSession] | None:
+def _first_parameter(function: Callable[..., Any], name: str) -> type[Session | AsyncSession] | None:
     parameters = list(inspect.signature(function).parameters.values())
     is_async = inspect.iscoroutinefunction(function)
     classes = [_session_class(function, parameter) for parameter in parameters]
@@ -181,7 +185,10 @@ def _first_parameter(function: Callable[..., Any], name: str) -> type[Session] |
     if not parameters:
         return None
     first, kind = parameters[0], classes[0]
-    if first.annotation is inspect.Parameter.empty and first.kind in (first.POSITIONAL_ONLY, first.POSITIONAL_OR_KEYWORD):
+    if first.annotation is inspect.Parameter.empty and first.kind in (
+        first.POSITIONAL_ONLY,
+        first.POSITIONAL_OR_KEYWORD,
+    ):
         wanted = "AsyncSession" if is_async else "Session"
         raise TaskDefinitionError(
             f"Task {name!r}: the first parameter {first.name!r} has no annotation, so nobody can say whether it is the "
@@ -199,9 +206,7 @@ def _first_parameter(function: Callable[..., Any], name: str) -> type[Session] |
     return kind
 
 
-def _session_class(
-    function: Callable[..., Any], parameter: inspect.Parameter
-) -> type[Session] | type[AsyncSession] | None:
+def _session_class(function: Callable[..., Any], parameter: inspect.Parameter) -> type[Session | AsyncSession] | None:
     annotation = parameter.annotation
     if isinstance(annotation, str):
         # A name that is imported for type checkers only cannot be evaluated; the two we look for are known by name.
@@ -218,9 +223,7 @@ def _session_class(
     return None
 
 
-def _check_on_failure(
-    function: Callable[..., Any], on_failure: Callable[..., Any], name: str
-) -> Callable[..., Any]:
+def _check_on_failure(function: Callable[..., Any], on_failure: Callable[..., Any], name: str) -> Callable[..., Any]:
     if isinstance(on_failure, Task):
         on_failure = on_failure.function
     if inspect.iscoroutinefunction(on_failure) and not inspect.iscoroutinefunction(function):
@@ -233,7 +236,11 @@ def _check_on_failure(
     except (TypeError, ValueError):
         return on_failure
     takes_more = any(each.kind is each.VAR_POSITIONAL for each in signature.parameters.values())
-    positional = [each for each in signature.parameters.values() if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)]
+    positional = [
+        each
+        for each in signature.parameters.values()
+        if each.kind in (each.POSITIONAL_ONLY, each.POSITIONAL_OR_KEYWORD)
+    ]
     if len(positional) < 2 and not takes_more:  # noqa: PLR2004  # session and error
         raise TaskDefinitionError(
             f"Task {name!r}: on_failure is called as {getattr(on_failure, '__name__', 'on_failure')}"

@@ -77,14 +77,16 @@ class Parameter:
         return self._write_by_pydantic(value, session)
 
     def _plain(self, value: Any) -> str | None:
+        """JSON text of a plain scalar, or None where Pydantic is needed."""
         if value is None:
             return "null" if self._optional and (self._row or self._scalar) else None
         if type(value) is not self._scalar:
             return None
+        scalar: Any = value  # of the class that was just compared
         if self._scalar is str:
-            return json.dumps(value) if value.isascii() else None  # lone surrogates are Pydantic's to find
+            return json.dumps(value) if scalar.isascii() else None  # lone surrogates are Pydantic's to find
         if self._scalar is int:
-            return str(value) if -_INT64 <= value < _INT64 else None
+            return str(value) if -_INT64 <= scalar < _INT64 else None
         if self._scalar is bool:
             return "true" if value else "false"
         return f'"{value}"'

@@ -295,7 +295,7 @@ def is_mapped_type(cls: object) -> bool:
 
 def key_hint(cls: type) -> str:
     """Return how to spell the key of an instance of mapped *cls*: ``order.id``, ``(line.order_id, line.number)``."""
-    mapper = sqlalchemy.inspect(cls)
+    mapper: Any = sqlalchemy.inspect(cls)
     variable = re.sub(r"(?<!^)(?=[A-Z][a-z])", "_", cls.__name__).lower()
     parts = [f"{variable}.{mapper.get_property_by_column(column).key}" for column in mapper.primary_key]
     return parts[0] if len(parts) == 1 else f"({', '.join(parts)})"
