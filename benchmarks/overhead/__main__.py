@@ -66,11 +66,10 @@ def main() -> None:
                     with database(driver, postgres) as target:
                         rounds.append(run(target, side, options.requests, options.width))
         versions = f"PostgreSQL {postgres.version}"
-    for table in (throughput(rounds, options), latency(rounds, options)):
-        console.print(table)
+    console.print(table_of(rounds, options))
     packages = ", ".join(f"{name} {version(name)}" for name in ("fastapi", "sqlalchemy", "uvicorn"))
     console.print(
-        f"{options.rounds} rounds of {options.requests} requests, {options.width} at once; "
+        f"Medians of {options.rounds} rounds of {options.requests} requests, {options.width} at once (busy); "
         f"Python {platform.python_version()}, {packages}, {versions}, fsync {'off' if options.no_fsync else 'on'}"
     )
     if options.json:
@@ -153,51 +152,35 @@ def wait(onlooker: Engine, number: int) -> None:
     raise TimeoutError(f"{done} of {number} jobs were done after a minute.")
 
 
-def throughput(rounds: list[Round], options: argparse.Namespace) -> Table:
-    """Draw the table of requests per second, and of ratios to the first side."""
-    first, *others = options.sides
-    table = Table(title="Requests with one task per second, until the last task took effect")
-    table.add_column("driver")
-    table.add_column(first, justify="right")
-    for side in others:
-        table.add_column(side, justify="right")
-        table.add_column("ratio (worst – best round)", justify="right")
+def table_of(rounds: list[Round], options: argparse.Namespace) -> Table:
+    """Draw the table: one row for each application on each driver, ratios to the first application."""
+    table = Table(title="A request with one task, until the task took effect; then the wait from commit to start")
+    for heading in ("driver", "application"):
+        table.add_column(heading)
+    for heading in ("per second", "ratio", "rounds", "start, ms", "p99", "start, busy", "p99"):
+        table.add_column(heading, justify="right")
     for driver in options.drivers:
-        measure = figures(rounds, driver, first)
-        row = [driver, f"{median(measure):.0f}"]
-        for side in others:
-            values = figures(rounds, driver, side)
-            ratios = [value / base for value, base in zip(values, measure, strict=True)]
-            row += [f"{median(values):.0f}", f"{median(ratios):.2f}  ({min(ratios):.2f} – {max(ratios):.2f})"]
-        table.add_row(*row)
-    return table
-
-
-def figures(rounds: list[Round], driver: str, side: str) -> list[float]:
-    """Return one side's requests per second, round by round."""
-    return [one.done for one in rounds if (one.driver, one.side) == (driver, side)]
-
-
-def latency(rounds: list[Round], options: argparse.Namespace) -> Table:
-    """Draw the table of waits between commit and start."""
-    table = Table(title="From the commit to the start of the task, in ms: median / 99th percentile")
-    table.add_column("driver")
-    for side in options.sides:
-        table.add_column(f"{side}, one at a time", justify="right")
-        table.add_column(f"{options.width} at once", justify="right")
-    for driver in options.drivers:
-        row = [driver]
+        base = [one.done for one in rounds if (one.driver, one.side) == (driver, options.sides[0])]
         for side in options.sides:
             ours = [one for one in rounds if (one.driver, one.side) == (driver, side)]
-            row.append(spread([ms for one in ours for ms in one.waited_alone]))
-            row.append(spread([ms for one in ours for ms in one.waited]))
-        table.add_row(*row)
+            ratios = [one.done / figure for one, figure in zip(ours, base, strict=True)]
+            alone = [ms for one in ours for ms in one.waited_alone]
+            busy = [ms for one in ours for ms in one.waited]
+            table.add_row(
+                driver,
+                side,
+                f"{median(one.done for one in ours):.0f}",
+                f"{median(ratios):.2f}",
+                f"{min(ratios):.2f} – {max(ratios):.2f}",
+                *(f"{figure:.1f}" for waits in (alone, busy) for figure in (median(waits), p99(waits))),
+            )
+        table.add_section()
     return table
 
 
-def spread(waits: list[float]) -> str:
-    """Return median and 99th percentile."""
-    return f"{median(waits):.1f} / {quantiles(waits, n=100)[98]:.1f}"
+def p99(waits: list[float]) -> float:
+    """Return the 99th percentile."""
+    return quantiles(waits, n=100)[98]
 
 
 if __name__ == "__main__":

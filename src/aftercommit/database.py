@@ -30,7 +30,7 @@ from aftercommit.pools.pools import BOOKKEEPING, REQUEST
 from aftercommit.pools.settings import check_isolation_level
 from aftercommit.pools.sqlite import IMMEDIATE
 from aftercommit.pools.urls import identity, render
-from aftercommit.records import TaskRecord, moves, schema
+from aftercommit.records import TaskRecord, moves, pausing, schema
 from aftercommit.records.ids import uuid7
 from aftercommit.runner import Outbox, Pace, Runner, TaskHandle, Wanted
 from aftercommit.runner.outbox import autocommits
@@ -134,6 +134,11 @@ class Database:
     def make_pools(self, url: str | URL | Callable[[], str | URL], **options: Any) -> Pools:
         """Make the pools of this database's settings for *url*."""
         return Pools(url, {**self._settings, BOOKKEEPING: _BOOKS}, **{**self._options, **options}, set_up=_set_up)
+
+    @property
+    def pool_settings(self) -> Mapping[str, PoolSettings]:
+        """The settings of every pool, by name."""
+        return MappingProxyType(self._settings)
 
     def session(self, pool: str = REQUEST) -> AbstractContextManager[Session]:
         """A session for ``with``: committed on success, rolled back on error, ended in any case.
@@ -429,6 +434,25 @@ class Database:
         """Queue a task that failed or was cancelled once more, with all its attempts."""
         self._moved("retry", id, await self._async_call(lambda connection: moves.retry(connection, id)))
 
+    def pause(self, pool: str) -> None:
+        """Have nobody start tasks of *pool*, in any process, until ``resume``; those that run go on.
+
+        Workers notice within seconds.
+        """
+        self._call(self._pausing(pausing.pause, pool))
+
+    async def async_pause(self, pool: str) -> None:
+        """Have nobody start tasks of *pool*, in any process, until ``resume``; those that run go on."""
+        await self._async_call(self._pausing(pausing.pause, pool))
+
+    def resume(self, pool: str) -> None:
+        """Have tasks of *pool* started again."""
+        self._call(self._pausing(pausing.resume, pool))
+
+    async def async_resume(self, pool: str) -> None:
+        """Have tasks of *pool* started again."""
+        await self._async_call(self._pausing(pausing.resume, pool))
+
     # --- below --------------------------------------------------------------------------------------------------
 
     def _moved(self, verb: str, id: UUID, done: bool) -> None:  # noqa: FBT001  # the statement's answer
@@ -439,6 +463,18 @@ class Database:
         if verb == "retry" and runner is not None:
             for pool in runner.lanes:
                 runner.expect(pool)
+
+    def _pausing(self, move: Callable[[Connection, str], None], pool: str) -> Callable[[Connection], None]:
+        if pool == REQUEST or pool not in self._settings:
+            raise ConfigurationError(
+                f"There is no pool of tasks {pool!r}; this database has "
+                f"{', '.join(sorted(name for name in self._settings if name != REQUEST))}."
+            )
+
+        def act(connection: Connection) -> None:
+            move(connection, pool)
+
+        return act
 
     def _call(self, work: Callable[[Connection], T]) -> T:
         connection = self.sessions.connection

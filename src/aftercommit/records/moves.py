@@ -292,10 +292,12 @@ _CLAIM = Statement(
 _NEXT_DUE = Statement(
     "SELECT t.pool, EXTRACT(EPOCH FROM MIN(t.run_at) - now()) FROM aftercommit_task t WHERE t.state = 'queued' "
     "AND t.task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json)))) "
-    "AND NOT EXISTS (SELECT 1 FROM aftercommit_pool p WHERE p.name = t.pool) GROUP BY t.pool",
+    "AND NOT EXISTS (SELECT 1 FROM aftercommit_pool p WHERE p.name = t.pool) GROUP BY t.pool "
+    "UNION ALL SELECT name, NULL FROM aftercommit_pool",
     "SELECT t.pool, (julianday(MIN(t.run_at)) - julianday('now')) * 86400.0 FROM aftercommit_task t "
     "WHERE t.state = 'queued' AND t.task IN (SELECT value FROM json_each(:names)) "
-    "AND NOT EXISTS (SELECT 1 FROM aftercommit_pool p WHERE p.name = t.pool) GROUP BY t.pool",
+    "AND NOT EXISTS (SELECT 1 FROM aftercommit_pool p WHERE p.name = t.pool) GROUP BY t.pool "
+    "UNION ALL SELECT name, NULL FROM aftercommit_pool",
 )
 
 
@@ -333,10 +335,10 @@ def claim_one(connection: Connection, record: UUID, *, worker: UUID) -> bool:
     return _CLAIM_ONE.execute(connection, {"id": record, "worker": worker}).rowcount == 1
 
 
-def next_due(connection: Connection, *, names: Sequence[str]) -> dict[str, float]:
-    """Seconds until the next queued task of each pool is due, negative if one is; pools without any are left out."""
+def next_due(connection: Connection, *, names: Sequence[str]) -> dict[str, float | None]:
+    """Seconds until the next queued task of each pool is due, negative if one is; None for a pool that is paused."""
     rows = _NEXT_DUE.execute(connection, {"names": json.dumps(list(names))})
-    return {pool: float(seconds) for pool, seconds in rows}
+    return {pool: None if seconds is None else float(seconds) for pool, seconds in rows}
 
 
 _ANY_RUNNING = Statement(

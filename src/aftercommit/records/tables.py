@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 from uuid import UUID
 
 from sqlalchemy import (
@@ -24,7 +24,16 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_column
 
-__all__ = ["Base", "PoolState", "ProgressRecord", "SchemaRecord", "TaskRecord", "UtcDateTime", "WorkerRecord"]
+__all__ = [
+    "AUTOVACUUM",
+    "Base",
+    "PoolState",
+    "ProgressRecord",
+    "SchemaRecord",
+    "TaskRecord",
+    "UtcDateTime",
+    "WorkerRecord",
+]
 
 
 class UtcDateTime(TypeDecorator[datetime]):
@@ -203,11 +212,14 @@ class SchemaRecord(Base):
 
 # A queue's rows change several times and then stay: without room on the page each change would touch every index,
 # and with the server's default of 20 % dead rows a large table would be vacuumed far too late.
+AUTOVACUUM: Final = (
+    "ALTER TABLE aftercommit_task SET (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.02, "
+    "autovacuum_vacuum_threshold = 1000, autovacuum_analyze_scale_factor = 0.02)"
+)
+"""What PostgreSQL is told of the table of tasks."""
+
 event.listen(
     TaskRecord.__table__,
     "after_create",
-    DDL(  # type: ignore[no-untyped-call]  # as SQLAlchemy has it
-        "ALTER TABLE aftercommit_task SET (fillfactor = 80, autovacuum_vacuum_scale_factor = 0.02, "
-        "autovacuum_vacuum_threshold = 1000, autovacuum_analyze_scale_factor = 0.02)"
-    ).execute_if(dialect="postgresql"),
+    DDL(AUTOVACUUM).execute_if(dialect="postgresql"),  # type: ignore[no-untyped-call]  # as SQLAlchemy has it
 )

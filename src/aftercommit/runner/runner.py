@@ -418,9 +418,10 @@ class Runner:
         names = self._names()
         due = self.books.execute(lambda c: moves.next_due(c, names=names), autocommit=True)
         following = self._pace.poll
-        for pool, seconds in due.items():
-            lane = self.lanes.get(pool)
-            if lane is None:
+        for name, lane in self.lanes.items():
+            seconds = due.get(name)
+            lane.is_paused = name in due and seconds is None
+            if seconds is None:
                 continue
             if seconds <= 0:
                 lane.has_queued = True
@@ -520,7 +521,7 @@ class Runner:
 
     def _nothing_due(self, connection: Connection) -> bool:
         due = moves.next_due(connection, names=self._names())
-        waiting = [pool for pool, seconds in due.items() if seconds <= 0 and pool in self.lanes]
+        waiting = [pool for pool, seconds in due.items() if seconds is not None and seconds <= 0 and pool in self.lanes]
         for pool in waiting:
             self.lanes[pool].has_queued = True
         return not waiting and not moves.any_running(connection, names=self._names())

@@ -1,0 +1,19 @@
+"""The command ``aftercommit``: a worker process, and what an operator does by hand."""
+
+from __future__ import annotations
+
+import sys
+
+__all__ = ["main"]
+
+
+def main() -> None:
+    """Run the command; without the extra, say what to install."""
+    try:
+        import rich  # noqa: F401
+        import typer  # noqa: F401
+    except ImportError:
+        sys.exit("The command needs two more packages: pip install 'aftercommit[cli]'")
+    from aftercommit.cli.commands import app
+
+    app()

@@ -1,0 +1,98 @@
+"""Which ``Database`` a command is about, and how it gets there."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import os
+import sys
+from typing import TYPE_CHECKING, Annotated, TypeVar
+
+import typer
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.orm import Session
+
+from aftercommit.database import Database
+from aftercommit.errors import AfterCommitError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Connection
+
+__all__ = ["DatabaseOption", "fail", "in_session", "load"]
+
+T = TypeVar("T")
+
+DatabaseOption = Annotated[
+    str | None,
+    typer.Option("--db", "-d", envvar="AFTERCOMMIT_DB", help="The Database, as module:name, such as shop.main:db."),
+]
+
+
+def fail(message: str) -> typer.Exit:
+    """Say what is wrong; raise what this returns."""
+    typer.secho(message, fg=typer.colors.RED, err=True)
+    return typer.Exit(2)
+
+
+def load(target: str | None) -> Database:
+    """Import the ``Database`` that *target* names.
+
+    Args:
+        target: ``module:name``.
+
+    Raises:
+        typer.Exit: If it cannot be found; the reason has been printed.
+    """
+    if not target:
+        raise fail("Which Database? Write --db module:name, such as --db shop.main:db, or set AFTERCOMMIT_DB.")
+    module, colon, name = target.partition(":")
+    if not colon or not name:
+        raise fail(f"{target!r} is not of the form module:name, such as shop.main:db.")
+    # As `python -m` does: the application lies where the command is typed.
+    if os.getcwd() not in sys.path:  # noqa: PTH109  # sys.path holds strings
+        sys.path.insert(0, os.getcwd())  # noqa: PTH109
+    try:
+        found: object = importlib.import_module(module)
+    except ModuleNotFoundError as exc:
+        if exc.name is not None and module.startswith(exc.name):
+            raise fail(f"There is no module {exc.name!r} here. Run the command in the application's folder.") from exc
+        raise
+    for part in name.split("."):
+        if not hasattr(found, part):
+            raise fail(f"The module {module!r} has nothing called {name!r}.")
+        found = getattr(found, part)
+    if not isinstance(found, Database):
+        raise fail(f"{target!r} is of type {type(found).__name__}, and not a Database.")
+    return found
+
+
+def in_session(db: Database, work: Callable[[Session], T]) -> T:
+    """Run ``work(session)`` in one transaction, by whichever flavour the URL has.
+
+    Raises:
+        typer.Exit: If the database cannot do it; the reason has been printed.
+    """
+
+    def with_session(connection: Connection) -> T:
+        with Session(bind=connection) as session:
+            result = work(session)
+            session.flush()
+            return result
+
+    async def run() -> T:
+        try:
+            return await db.async_call_anyhow(with_session)
+        finally:
+            await db.async_dispose()
+
+    try:
+        with asyncio.Runner() as runner:
+            return runner.run(run())
+    except AfterCommitError as exc:
+        raise fail(str(exc)) from exc
+    except SQLAlchemyError as exc:
+        text = str(exc.__cause__ or exc).strip()
+        hint = " Run `aftercommit schema --apply` first." if "aftercommit_" in text else ""
+        raise fail(f"{db!r}: {text}{hint}") from exc

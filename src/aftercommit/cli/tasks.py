@@ -1,0 +1,239 @@
+"""``aftercommit tasks``: look, retry, cancel."""
+
+from __future__ import annotations
+
+import json
+import re
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Annotated, Any
+from uuid import UUID
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from sqlalchemy import Select, func, select
+
+from aftercommit.cli.target import DatabaseOption, fail, in_session, load
+from aftercommit.records import TaskRecord, moves
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Connection
+    from sqlalchemy.orm import Session
+
+app = typer.Typer(no_args_is_help=True)
+
+_STATES = ("queued", "running", "succeeded", "failed", "cancelled")
+_COLOURS = {"queued": "cyan", "running": "yellow", "succeeded": "green", "failed": "red", "cancelled": "dim"}
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+State = Annotated[str | None, typer.Option(help="queued, running, succeeded, failed or cancelled.")]
+Name = Annotated[str | None, typer.Option("--task", help="Only tasks of this name.")]
+PoolName = Annotated[str | None, typer.Option("--pool", help="Only tasks of this pool.")]
+OlderThan = Annotated[str | None, typer.Option(help="Only tasks asked for longer ago than this: 90s, 15m, 2h, 7d.")]
+AsJson = Annotated[bool, typer.Option("--json", help="For scripts: one JSON document on standard output.")]
+Ids = Annotated[list[UUID] | None, typer.Argument(help="Ids of tasks; or choose by filters.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+@app.command("list")
+def list_(  # noqa: PLR0917  # options of a command
+    target: Annotated[str | None, typer.Argument(help="The Database, as module:name.")] = None,
+    db: DatabaseOption = None,
+    state: State = None,
+    task: Name = None,
+    pool: PoolName = None,
+    older_than: OlderThan = None,
+    limit: Annotated[int, typer.Option(min=1, help="How many at most, newest first.")] = 50,
+    as_json: AsJson = False,  # noqa: FBT002  # a flag
+) -> None:
+    """List tasks, newest first."""
+    chosen = _filtered(select(TaskRecord), state, task, pool, older_than)
+    query = chosen.order_by(TaskRecord.id.desc()).limit(limit)
+
+    def look(session: Session) -> tuple[list[dict[str, Any]], int]:
+        total = session.scalar(select(func.count()).select_from(chosen.subquery()))
+        return [_facts(record) for record in session.scalars(query)], total or 0
+
+    rows, total = in_session(load(target or db), look)
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table(box=None, header_style="bold")
+    for name in ("id", "task", "pool", "state", "tries", "done", "age", "error"):
+        # On a narrow terminal the error gives way first: `tasks show` has it whole.
+        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1 if name == "error" else None)
+    for row in rows:
+        table.add_row(
+            row["id"], row["task"], row["pool"], f"[{_COLOURS[row['state']]}]{row['state']}[/]",
+            f"{row['attempt']}/{row['max_attempts']}", _progress(row), _ago(row["enqueued_at"]), escape(row["error"] or ""),
+        )  # fmt: skip
+    console = Console()
+    console.print(table)
+    console.print(f"[dim]{len(rows)} of {total}[/]")
+
+
+@app.command()
+def show(
+    task_id: Annotated[UUID, typer.Argument(metavar="ID", help="The task's id.")],
+    db: DatabaseOption = None,
+    as_json: AsJson = False,  # noqa: FBT002  # a flag
+) -> None:
+    """Show all there is to know about one task."""
+
+    def look(session: Session) -> dict[str, Any] | None:
+        record = session.get(TaskRecord, task_id)
+        return None if record is None else _facts(record, whole=True)
+
+    facts = in_session(load(db), look)
+    if facts is None:
+        raise fail(f"There is no task {task_id}.")
+    if as_json:
+        _print_json(facts)
+        return
+    console = Console()
+    table = Table(box=None, show_header=False)
+    table.add_column(style="bold", no_wrap=True)
+    table.add_column(overflow="fold")
+    for name, value in facts.items():
+        if name not in ("traceback", "errors") and value is not None:
+            text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
+            table.add_row(name, escape(text))
+    console.print(table)
+    for entry in facts["errors"] or []:
+        console.print(f"\n[bold]Attempt {entry['attempt']}[/], {entry['at']}: [red]{escape(entry['error'])}[/]")
+    if facts["traceback"]:
+        console.print()
+        console.print(facts["traceback"], markup=False, highlight=False)
+
+
+@app.command()
+def retry(  # noqa: PLR0917  # options of a command
+    ids: Ids = None,
+    db: DatabaseOption = None,
+    state: State = None,
+    task: Name = None,
+    pool: PoolName = None,
+    older_than: OlderThan = None,
+    yes: Yes = False,  # noqa: FBT002  # a flag
+    as_json: AsJson = False,  # noqa: FBT002  # a flag
+) -> None:
+    """Queue tasks that failed or were cancelled once more, with all their attempts."""
+    if state not in (None, "failed", "cancelled"):
+        raise fail(f"--state {state}: only tasks that failed or were cancelled can be retried.")
+    _move("retry", moves.retry, ("failed", "cancelled"), ids, db, (state, task, pool, older_than), yes, as_json)
+
+
+@app.command()
+def cancel(  # noqa: PLR0917  # options of a command
+    ids: Ids = None,
+    db: DatabaseOption = None,
+    state: State = None,
+    task: Name = None,
+    pool: PoolName = None,
+    older_than: OlderThan = None,
+    yes: Yes = False,  # noqa: FBT002  # a flag
+    as_json: AsJson = False,  # noqa: FBT002  # a flag
+) -> None:
+    """Cancel tasks that are queued or running; a running one can commit nothing more."""
+    if state not in (None, "queued", "running"):
+        raise fail(f"--state {state}: only tasks that are queued or running can be cancelled.")
+    _move("cancel", moves.cancel, ("queued", "running"), ids, db, (state, task, pool, older_than), yes, as_json)
+
+
+def _move(  # noqa: PLR0917  # two commands share it
+    verb: str,
+    move: Callable[[Connection, UUID], bool],
+    states: tuple[str, ...],
+    ids: list[UUID] | None,
+    db: str | None,
+    filters: tuple[str | None, str | None, str | None, str | None],
+    yes: bool,  # noqa: FBT001  # a flag
+    as_json: bool,  # noqa: FBT001  # a flag
+) -> None:
+    if not ids and not any(filters):
+        raise fail(f"Which tasks? Give ids, or a filter such as --state {states[0]} or --task NAME.")
+    if ids and any(filters):
+        raise fail("Give ids or filters, not both.")
+    database = load(db)
+    if not ids:
+        query = _filtered(select(TaskRecord.id), *filters).where(TaskRecord.state.in_(states)).order_by(TaskRecord.id)
+        ids = in_session(database, lambda session: list(session.scalars(query)))
+        if ids and not yes and not as_json:
+            typer.confirm(f"{verb.capitalize()} {len(ids)} task(s)?", abort=True)
+    chosen = list(ids)
+
+    def act(session: Session) -> dict[UUID, bool]:
+        connection = session.connection()
+        return {each: move(connection, each) for each in chosen}
+
+    done = in_session(database, act)
+    left = [str(each) for each, moved in done.items() if not moved]
+    if as_json:
+        _print_json({"done": [str(each) for each, moved in done.items() if moved], "left": left})
+    else:
+        typer.echo(f"{verb}: {len(done) - len(left)} task(s)")
+        for each in left:
+            typer.secho(f"{each} is not {' or '.join(states)}, or does not exist", fg=typer.colors.YELLOW, err=True)
+    if left:
+        raise typer.Exit(1)
+
+
+def _filtered(
+    query: Select[Any], state: str | None, task: str | None, pool: str | None, older_than: str | None
+) -> Select[Any]:
+    if state is not None:
+        if state not in _STATES:
+            raise fail(f"--state {state}: use one of {', '.join(_STATES)}.")
+        query = query.where(TaskRecord.state == state)
+    if task is not None:
+        query = query.where(TaskRecord.task == task)
+    if pool is not None:
+        query = query.where(TaskRecord.pool == pool)
+    if older_than is not None:
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhd])", older_than)
+        if found is None:
+            raise fail(f"--older-than {older_than}: write a number and s, m, h or d, such as 15m.")
+        query = query.where(
+            TaskRecord.enqueued_at < datetime.now(UTC) - timedelta(**{_UNITS[found[2]]: float(found[1])})
+        )
+    return query
+
+
+_SHORT = (
+    "id", "task", "pool", "state", "key", "priority", "attempt", "max_attempts", "run_at", "enqueued_at",
+    "started_at", "finished_at", "worker", "progress_done", "progress_total", "error",
+)  # fmt: skip
+_WHOLE = (*_SHORT, "parent", "arguments", "result", "context", "checkpoint", "claims", "errors", "traceback")
+
+
+def _facts(record: TaskRecord, *, whole: bool = False) -> dict[str, Any]:
+    facts = {name: getattr(record, name) for name in (_WHOLE if whole else _SHORT)}
+    return {name: _json_ready(value) for name, value in facts.items()}
+
+
+def _json_ready(value: Any) -> Any:
+    if isinstance(value, UUID):
+        return str(value)
+    return value.isoformat() if isinstance(value, datetime) else value
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def _progress(row: dict[str, Any]) -> str:
+    done, total = row["progress_done"], row["progress_total"]
+    if done is None:
+        return ""
+    return f"{done}" if total is None else f"{done}/{total}"
+
+
+def _ago(moment: str) -> str:
+    seconds = (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
+    for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
+        if seconds >= size:
+            return f"{seconds / size:.0f}{unit}"
+    return f"{max(0.0, seconds):.0f}s"

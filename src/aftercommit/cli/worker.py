@@ -1,0 +1,71 @@
+"""``aftercommit worker``: tasks in a process of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib
+import logging
+import signal
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from aftercommit.cli.target import DatabaseOption, fail, load
+from aftercommit.errors import AfterCommitError
+
+if TYPE_CHECKING:
+    from aftercommit.database import Database
+
+logger = logging.getLogger("aftercommit.worker")
+
+
+def worker(  # noqa: PLR0917  # options of a command
+    target: Annotated[str | None, typer.Argument(help="The Database, as module:name.")] = None,
+    db: DatabaseOption = None,
+    pools: Annotated[str | None, typer.Option(help="The pools to run, separated by commas; all by default.")] = None,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option("--import", help="Modules that declare tasks, if the first one does not import them."),
+    ] = None,
+    grace: Annotated[float, typer.Option(help="Seconds that running tasks get after SIGTERM.")] = 15.0,
+    log_level: Annotated[str, typer.Option(help="Of the log on standard error.")] = "INFO",
+) -> None:
+    """Run the tasks of a database, until SIGTERM or Ctrl+C."""
+    logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
+    database = load(target or db)
+    for module in imports or ():
+        importlib.import_module(module)
+    chosen = None if pools is None else tuple(name.strip() for name in pools.split(",") if name.strip())
+    try:
+        with asyncio.Runner() as runner:
+            runner.run(_serve(database, chosen, grace))
+    except AfterCommitError as exc:
+        raise fail(str(exc)) from exc
+
+
+async def _serve(db: Database, pools: tuple[str, ...] | None, grace: float) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, _stop, stop, number)
+    try:
+        async with db.running(runs=pools, grace=grace):
+            runner = db.runner
+            if runner is None:
+                raise fail("There is nothing to run: no pool was chosen (--pools, or AFTERCOMMIT_RUNS).")
+            names = sorted(name for name, task in db.tasks.items() if task.settings.pool in runner.lanes)
+            logger.info("Worker %s runs %s: %s", runner.id, ", ".join(runner.lanes), ", ".join(names) or "no tasks")
+            await stop.wait()
+            logger.info("Stopping: tasks that run have %.0f s to finish", grace)
+    finally:
+        with contextlib.suppress(Exception):
+            await db.async_dispose()
+    logger.info("Stopped")
+
+
+def _stop(stop: asyncio.Event, number: int) -> None:
+    if stop.is_set():
+        # The stop in order is under way, and a second signal must not tear it apart; SIGKILL always works.
+        logger.info("%s again: the stop is under way", signal.Signals(number).name)
+    stop.set()
