@@ -13,21 +13,21 @@ Everything here leans on the commit, never on the order in which FastAPI leaves 
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator, Callable, Sequence
+import re
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Final, ParamSpec
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import anyio
 import anyio.to_thread
 import fastapi
 from fastapi import Depends, FastAPI
-from fastapi.routing import APIRoute, APIWebSocketRoute
+from fastapi.routing import APIWebSocketRoute
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from starlette.requests import HTTPConnection
-from starlette.routing import Mount
 
 from aftercommit.errors import ConfigurationError, HandOverError
 from aftercommit.pools.pools import REQUEST
@@ -54,16 +54,22 @@ __all__ = [
     "session_of",
 ]
 
-logger = logging.getLogger(__name__)
-
 P = ParamSpec("P")
 
 _OLDEST: Final = (0, 121)
+_VERSION: Final = re.compile(r"(\d+)\.(\d+)")
 _KEY: Final = "aftercommit.sessions"
 _INSTALLED: Final = "aftercommit_databases"
-"""The attribute of a router under which its databases stand: routers cannot be keys of a dictionary."""
-_ours: set[Callable[..., Any]] = set()
-"""Our session dependencies, which only make sense with ``scope="function"``."""
+"""The attribute of an application's router under which its databases stand."""
+_BY_DATABASE: Final = "_fastapi_dependencies"
+_CHECKED: Final = "aftercommit_checked"
+_applications: WeakSet[FastAPI] = WeakSet()
+_sessions: WeakSet[Callable[..., Any]] = WeakSet()
+"""Our session dependencies: ``scope="function"`` only, and never in a WebSocket."""
+_hand_overs: WeakSet[Callable[..., Any]] = WeakSet()
+"""Our hand-over dependencies that stand on them."""
+_bound: WeakSet[Callable[..., Any]] = WeakSet()
+"""Our hand-over dependencies that stand on one of the application's own."""
 
 
 # --- the application --------------------------------------------------------------------------------------------
@@ -90,30 +96,33 @@ def install(
         create_tables: Whether to make our tables at start-up; None for SQLite only.
 
     Raises:
-        ConfigurationError: For a FastAPI that is too old, or if *db* is installed already.
+        ConfigurationError: For a FastAPI that is too old, an application that has started, or if *db* is installed
+            already.
     """
-    version = tuple(int(part) for part in fastapi.__version__.split(".")[:2])
-    if version < _OLDEST:
-        raise ConfigurationError(
-            f"FastAPI {fastapi.__version__} is too old: before 0.121 a dependency cannot commit before the response "
-            "starts. pip install 'fastapi>=0.121'."
-        )
+    _check_version()
     if not isinstance(app, FastAPI):
         raise ConfigurationError(
             f"install(app, db) needs the FastAPI application, and got {type(app).__name__}. Routers share the "
             "application's database: install it there."
         )
+    if app.middleware_stack is not None:
+        raise ConfigurationError(
+            "install(app, db) came after the application has started, so its start-up and its stop would be missed. "
+            "Call it where the application is put together."
+        )
     databases: list[Database] = getattr(app.router, _INSTALLED, [])
     if db in databases:
         raise ConfigurationError("This Database is installed in this application already. Once is enough.")
     setattr(app.router, _INSTALLED, [*databases, db])
+    _applications.add(app)
     running = db.running(runs=runs, grace=grace, create_tables=create_tables)
     db.expects_runner = bool(running.pools)
     inner = app.router.lifespan_context
 
     @asynccontextmanager
     async def lifespan(target: Any) -> AsyncIterator[Any]:
-        _check_routes(app)
+        for where, route in _routes(app.routes):
+            _check(where, route.dependant)
         try:
             # The tables first, because the application's own start-up may hand over tasks; the runner last, because
             # tasks may need what that start-up opens.
@@ -126,64 +135,143 @@ def install(
     app.router.lifespan_context = lifespan
 
 
-def _check_routes(app: FastAPI) -> None:
-    """Find, before the first request, what cannot work: our sessions in the wrong scope, or in a WebSocket."""
-    for path, route in _routes(app.routes):
-        for dependant in _all_dependants(route.dependant):
-            if dependant.call not in _ours:
-                continue
-            if isinstance(route, APIWebSocketRoute):
-                raise ConfigurationError(f"WebSocket {path}: {_NOT_IN_WEBSOCKETS}")
-            if dependant.scope != "function":
-                raise ConfigurationError(
-                    f'{path} depends on aftercommit\'s session without scope="function": it would commit after the '
-                    "response has been sent, so a failing commit would reach the client as a success. Write SessionDep "
-                    'or AsyncSessionDep, or Depends(get_session, scope="function").'
-                )
+def _check_version() -> None:
+    if _is_too_old():
+        raise ConfigurationError(
+            f"FastAPI {fastapi.__version__} is too old: before 0.121 a dependency cannot commit before the response "
+            "starts. pip install 'fastapi>=0.121'."
+        )
 
 
-def _routes(routes: Sequence[Any], prefix: str = "") -> list[tuple[str, APIRoute | APIWebSocketRoute]]:
-    found: list[tuple[str, APIRoute | APIWebSocketRoute]] = []
-    for route in routes:
-        if isinstance(route, (APIRoute, APIWebSocketRoute)):
-            found.append((prefix + route.path, route))
-        elif isinstance(route, Mount):
-            found += _routes(route.routes or [], prefix + route.path)
-    return found
+def _is_too_old() -> bool:
+    found = _VERSION.match(fastapi.__version__)
+    return found is not None and (int(found[1]), int(found[2])) < _OLDEST
 
 
-def _all_dependants(dependant: Dependant) -> list[Dependant]:
-    return [dependant, *(each for below in dependant.dependencies for each in _all_dependants(below))]
+def _function_scoped(dependency: Callable[..., Any]) -> Any:
+    # An older FastAPI does not know scopes. This module must import all the same: install tells what is wrong.
+    return Depends(dependency) if _is_too_old() else Depends(dependency, scope="function")
 
 
 def _database_of(connection: HTTPConnection) -> Database:
-    """The database that was installed: in this sub-application, or in the application it is mounted in."""
+    """The database that was installed: in this sub-application, or in an application it is mounted in."""
     app = connection.scope.get("app")
     for router in (getattr(app, "router", None), connection.scope.get("router")):
         databases = getattr(router, _INSTALLED, None)
         if databases:
             return databases[0]  # type: ignore[no-any-return]
+    for outer in _applications:
+        # Neither the innermost nor the outermost: an application in between.
+        if any(getattr(mount, "app", None) is app for mount in _mounts(outer.routes)):
+            return getattr(outer.router, _INSTALLED)[0]  # type: ignore[no-any-return]
     raise ConfigurationError(
         "No Database is installed in this application. Write install(app, db) after app = FastAPI(); a mounted "
         "sub-application uses the one of the application it is mounted in."
     )
 
 
+# --- what cannot work, found before the first request -----------------------------------------------------------
+
+
+def _contexts(routes: Sequence[Any]) -> Iterator[Any]:
+    """Every route, those of included routers with what they are included with."""
+    try:
+        from fastapi.routing import iter_route_contexts
+    except ImportError:  # an older FastAPI, which copies them into the application
+        yield from routes
+    else:
+        yield from iter_route_contexts(routes)
+
+
+def _mounts(routes: Sequence[Any]) -> Iterator[Any]:
+    for route in _contexts(routes):
+        below = getattr(route, "routes", None)
+        if below:
+            yield route
+            yield from _mounts(below)
+
+
+def _routes(routes: Sequence[Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every route that has dependencies, with what to call it in a message."""
+    for route in _contexts(routes):
+        path = prefix + (getattr(route, "path", None) or "")
+        if getattr(route, "dependant", None) is not None:
+            is_socket = isinstance(getattr(route, "original_route", route), APIWebSocketRoute)
+            yield (f"WebSocket {path}" if is_socket else path), route
+        yield from _routes(getattr(route, "routes", None) or [], path)
+
+
+def _check(where: str, dependant: Dependant) -> None:
+    every = _all_dependants(dependant)
+    for each in every:
+        if each.call is None:
+            continue
+        if where.startswith("WebSocket ") and (each.call in _sessions or each.call in _hand_overs):
+            raise ConfigurationError(f"{where}: {_NOT_IN_WEBSOCKETS}")
+        if each.call in _sessions and each.scope != "function":
+            raise ConfigurationError(
+                f"{where} depends on aftercommit's session without scope='function': it would commit after the "
+                "response has been sent, so a failing commit would reach the client as a success. Write SessionDep or "
+                "AsyncSessionDep, or Depends(get_session, scope='function')."
+            )
+        if each.call in _bound:
+            _check_bound(where, each.dependencies[0], every)
+
+
+def _check_bound(where: str, session: Dependant, every: list[Dependant]) -> None:
+    """Whether ``after_commit_of(db, get_db)`` gets the session that the endpoint gets."""
+    for each in every:
+        scopes = {each.scope or "request", session.scope or "request"}
+        if each.call is session.call and (len(scopes) > 1 or not each.use_cache):
+            name = getattr(session.call, "__name__", repr(session.call))
+            remedy = (
+                f"Depends({name}), without use_cache=False"
+                if not each.use_cache
+                else f"after_commit_of(db, {name}, scope={each.scope or 'request'!r})"
+            )
+            raise ConfigurationError(
+                f"{where} would get two sessions of {name}: one for the endpoint, another for after_commit_of, because "
+                "FastAPI makes one for each scope. The tasks would wait for a commit of the wrong one. "
+                f"Write {remedy}."
+            )
+
+
+def _all_dependants(dependant: Dependant) -> list[Dependant]:
+    return [dependant, *(each for below in dependant.dependencies for each in _all_dependants(below))]
+
+
+def _route_of(connection: HTTPConnection) -> Any:
+    """The route of this request, with the dependencies of the routers that it is included by."""
+    included = connection.scope.get("fastapi") or {}
+    return included.get("effective_route_context") or connection.scope.get("route")
+
+
+def _check_once(connection: HTTPConnection) -> None:
+    """Check a route that start-up has not seen: no lifespan has run, or it was added later."""
+    route = _route_of(connection)
+    if route is not None and not hasattr(route, _CHECKED):
+        if getattr(route, "dependant", None) is not None:
+            _check(connection.scope["path"], route.dependant)
+        setattr(route, _CHECKED, True)
+
+
 # --- sessions ---------------------------------------------------------------------------------------------------
 
 _NOT_IN_WEBSOCKETS: Final = (
     "a session that lives as long as the socket would hold its connection, and its tasks, for hours. "
-    "Open one per message: `async with db.async_session() as session:` (or `with db.session() as session:`)."
+    "Open one per message: `async with db.async_session() as session:` (or `with db.session() as session:`), and hand "
+    "over with db.after_commit(session, …)."
 )
 
 
 class _Request:
     """What one request has of one database: at most one session, of one flavour."""
 
-    __slots__ = ("scope",)
+    __slots__ = ("had_session", "scope")
 
     def __init__(self) -> None:
         self.scope: Scope | AsyncScope | None = None
+        self.had_session = False
 
 
 def _request_of(connection: HTTPConnection, db: Database) -> _Request:
@@ -198,59 +286,71 @@ def _owner(connection: HTTPConnection) -> Owner:
 
 
 def _enter(connection: HTTPConnection, db: Database, scope: Scope | AsyncScope) -> _Request:
+    _check_once(connection)
     request = _request_of(connection, db)
     if request.scope is not None:
         if type(request.scope) is type(scope):
             raise ConfigurationError(
-                f"{scope.owner}: this request has a session of this database already, in another scope. Two sessions "
-                "are "
-                "two transactions, which commit apart. Use SessionDep (or AsyncSessionDep) everywhere, also in "
-                'sub-dependencies; a generator dependency over it needs Depends(…, scope="function").'
+                f"{scope.owner}: this request has a session of this database already, made by another dependency, in "
+                "another scope, or with use_cache=False. Two sessions are two transactions, which commit apart. Use "
+                "SessionDep (or AsyncSessionDep) everywhere, also in sub-dependencies; a generator dependency over it "
+                "needs Depends(…, scope='function')."
             )
         raise ConfigurationError(
             f"{scope.owner}: this request asks for a Session and an AsyncSession of the same database. They are two "
             "transactions, which commit apart. Use one of them in the endpoint and in all its dependencies."
         )
     request.scope = scope
+    request.had_session = True
     return request
 
 
-async def _finish_sync(scope: Scope, *, commit: bool) -> None:
-    """End a sync session without blocking the loop, whatever is cancelled meanwhile."""
-    if not scope.session.in_transaction():
+async def _finish(scope: Scope | AsyncScope, *, commit: bool) -> None:
+    """End a session without blocking the loop, whatever is cancelled meanwhile."""
+    # A cancelled scope of anyio's cancels again at every turn of the loop, so it must not see us.
+    with anyio.CancelScope(shield=True):
+        if isinstance(scope, AsyncScope):
+            await (scope.__aexit__(None, None, None) if commit else scope.end())
+        elif not scope.session.in_transaction():
+            scope.end()
+        else:
+            # Not one of the 40 threads that serve endpoints: if all of them wait for a connection, the commit that
+            # would give one back must not wait for them.
+            work = anyio.to_thread.run_sync(_finish_in_thread, scope, commit, limiter=anyio.CapacityLimiter(1))
+            await shielded(work)
+
+
+def _finish_in_thread(scope: Scope, commit: bool) -> None:  # noqa: FBT001  # threads are called by position
+    try:
+        if commit:
+            scope.commit()
+    finally:
         scope.end()
-        return
-
-    def finish() -> None:
-        scope.__exit__(*((None, None, None) if commit else (RuntimeError, RuntimeError(), None)))
-
-    # Not one of the 40 threads that serve endpoints: if all of them wait for a connection, the commit that would
-    # give one back must not wait for them.
-    await shielded(anyio.to_thread.run_sync(finish, limiter=anyio.CapacityLimiter(1)))
 
 
-async def _serve_session(connection: HTTPConnection, db: Database) -> AsyncIterator[Session]:
-    scope = db.sessions.scope(REQUEST, _owner(connection))
+@asynccontextmanager
+async def _serve(connection: HTTPConnection, db: Database, scope: Scope | AsyncScope) -> AsyncIterator[Any]:
     request = _enter(connection, db, scope)
+    handled = sys.exception()
     try:
         yield scope.session
     except BaseException:
-        await _finish_sync(scope, commit=False)
+        await _finish(scope, commit=False)
         raise
     else:
-        await _finish_sync(scope, commit=True)
+        # A dependency in between may have swallowed the endpoint's exception. FastAPI then has no response and
+        # answers 500, and what the client is told has failed must not be committed.
+        await _finish(scope, commit=sys.exception() is handled)
     finally:
         request.scope = None
 
 
-async def _serve_async_session(connection: HTTPConnection, db: Database) -> AsyncIterator[AsyncSession]:
-    scope = db.sessions.async_scope(REQUEST, _owner(connection))
-    request = _enter(connection, db, scope)
-    try:
-        async with scope as session:
-            yield session
-    finally:
-        request.scope = None
+def _sync_scope(connection: HTTPConnection, db: Database) -> Scope:
+    return db.sessions.scope(REQUEST, _owner(connection))
+
+
+def _async_scope(connection: HTTPConnection, db: Database) -> AsyncScope:
+    return db.sessions.async_scope(REQUEST, _owner(connection))
 
 
 async def get_session(connection: HTTPConnection) -> AsyncIterator[Session]:
@@ -258,7 +358,8 @@ async def get_session(connection: HTTPConnection) -> AsyncIterator[Session]:
 
     The key for ``app.dependency_overrides``; in endpoints write ``SessionDep``.
     """
-    async for session in _serve_session(connection, _database_of(connection)):
+    db = _database_of(connection)
+    async with _serve(connection, db, _sync_scope(connection, db)) as session:
         yield session
 
 
@@ -267,40 +368,45 @@ async def get_async_session(connection: HTTPConnection) -> AsyncIterator[AsyncSe
 
     The key for ``app.dependency_overrides``; in endpoints write ``AsyncSessionDep``.
     """
-    async for session in _serve_async_session(connection, _database_of(connection)):
+    db = _database_of(connection)
+    async with _serve(connection, db, _async_scope(connection, db)) as session:
         yield session
 
 
 def session_of(db: Database) -> Any:
-    """Depend on the session of *db*, for an application with several: ``Annotated[Session, session_of(db2)]``."""
+    """Depend on the session of one of several databases.
+
+    Written as ``Annotated[Session, session_of(db2)]``.
+    """
 
     async def get_session_of(connection: HTTPConnection) -> AsyncIterator[Session]:
-        async for session in _serve_session(connection, db):
+        async with _serve(connection, db, _sync_scope(connection, db)) as session:
             yield session
 
-    return Depends(_known(db, "session", get_session_of), scope="function")
+    return _known(db, get_session_of, _sessions)
 
 
 def async_session_of(db: Database) -> Any:
-    """The async session of *db*, for an application with several: ``Annotated[AsyncSession, "
-    "async_session_of(db2)]``."""
+    """Depend on the async session of one of several databases.
+
+    Written as ``Annotated[AsyncSession, async_session_of(db2)]``.
+    """
 
     async def get_async_session_of(connection: HTTPConnection) -> AsyncIterator[AsyncSession]:
-        async for session in _serve_async_session(connection, db):
+        async with _serve(connection, db, _async_scope(connection, db)) as session:
             yield session
 
-    return Depends(_known(db, "async_session", get_async_session_of), scope="function")
+    return _known(db, get_async_session_of, _sessions)
 
 
-_by_database: WeakKeyDictionary[Database, dict[str, Callable[..., Any]]] = WeakKeyDictionary()
-
-
-def _known(db: Database, kind: str, made: Callable[..., Any]) -> Callable[..., Any]:
+def _known(db: Database, made: Callable[..., Any], kind: WeakSet[Callable[..., Any]]) -> Any:
     """One callable per database, so that two parameters of one endpoint share one session."""
-    found = _by_database.setdefault(db, {}).setdefault(kind, made)
-    if kind != "after_commit":
-        _ours.add(found)
-    return found
+    _check_version()
+    # Kept by the database, so that they go when it goes.
+    known: dict[str, Callable[..., Any]] = vars(db).setdefault(_BY_DATABASE, {})
+    dependency = known.setdefault(made.__name__, made)
+    kind.add(dependency)
+    return _function_scoped(dependency)
 
 
 # --- handing over -----------------------------------------------------------------------------------------------
@@ -322,64 +428,80 @@ class AfterCommit:
     @property
     def session(self) -> Any:
         """The session whose commit the tasks wait for."""
-        return self._session() if callable(self._session) and not _is_session(self._session) else self._session
+        return self._session
 
     def __call__(self, task: Task[P, Any], *args: P.args, **kwargs: P.kwargs) -> TaskHandle:
         """Have *task* run once the session's transaction has committed; see ``Database.after_commit``."""
         return self.db.after_commit(self.session, task, *args, **kwargs)
 
 
-def _is_session(value: object) -> bool:
-    # A scoped_session is callable, too.
-    return hasattr(value, "commit")
+class _AfterRequest(AfterCommit):
+    """Hands over to whichever session the request has at that moment."""
 
+    __slots__ = ("_connection", "_request", "is_over", "own")
 
-async def _serve_after_commit(connection: HTTPConnection, db: Database) -> AsyncIterator[AfterCommit]:
-    request = _request_of(connection, db)
-    own: list[Scope | AsyncScope] = []
+    def __init__(self, db: Database, connection: HTTPConnection) -> None:
+        super().__init__(db, None)
+        self._connection = connection
+        self._request = _request_of(connection, db)
+        self.own: Scope | AsyncScope | None = None
+        self.is_over = False
 
-    def session() -> Session | AsyncSession:
-        if request.scope is None:
-            if own:
-                return own[0].session
-            _refuse_overridden(connection)
-            # The endpoint has no session of ours, so the tasks get a transaction of their own.
-            make = db.sessions.async_scope if db.sessions.is_async_only else db.sessions.scope
-            own.append(make(REQUEST, _owner(connection)))
-            return own[0].session
-        return request.scope.session
-
-    try:
-        yield AfterCommit(db, session)
-    except BaseException:
-        for scope in own:
-            await _leave(scope, commit=False)
-        raise
-    else:
-        for scope in own:
-            await _leave(scope, commit=True)
-
-
-async def _leave(scope: Scope | AsyncScope, *, commit: bool) -> None:
-    if isinstance(scope, AsyncScope):
-        await scope.__aexit__(*((None, None, None) if commit else (RuntimeError, RuntimeError(), None)))
-    else:
-        await _finish_sync(scope, commit=commit)
-
-
-def _refuse_overridden(connection: HTTPConnection) -> None:
-    route = connection.scope.get("route")
-    if not isinstance(route, APIRoute):
-        return
-    calls = [dependant.call for dependant in _all_dependants(route.dependant)]
-    for dependency in (get_session, get_async_session):
-        if dependency in calls:
+    @property
+    def session(self) -> Any:
+        """The request's session; one for the tasks alone where the endpoint has none."""
+        if self.is_over:
             raise HandOverError(
-                f"{dependency.__name__} is overridden, so AfterCommitDep does not know the session of this request, "
-                "and the task would be written into another transaction. Override it, too: "
+                f"{_owner(self._connection)} has ended, and with it the transaction that a task could wait for. This "
+                "is a streaming response, a background task of Starlette's, or a variable that outlived the request. "
+                "Open a session here: with db.session() as session: db.after_commit(session, task, …)."
+            )
+        if self._request.scope is not None:
+            return self._request.scope.session
+        if self.own is None:
+            if not self._request.had_session:
+                _refuse_unknown_session(self._connection)
+            make = _async_scope if self.db.sessions.is_async_only else _sync_scope
+            self.own = make(self._connection, self.db)
+        return self.own.session
+
+
+@asynccontextmanager
+async def _serve_after_commit(connection: HTTPConnection, db: Database) -> AsyncIterator[AfterCommit]:
+    after_commit = _AfterRequest(db, connection)
+    handled = sys.exception()
+    commit = False
+    try:
+        yield after_commit
+        commit = sys.exception() is handled
+    finally:
+        after_commit.is_over = True
+        if after_commit.own is not None:
+            await _finish(after_commit.own, commit=commit)
+
+
+def _refuse_unknown_session(connection: HTTPConnection) -> None:
+    """Refuse to hand over into another transaction than that of the session which the endpoint has, or will have."""
+    dependant = getattr(_route_of(connection), "dependant", None)
+    if dependant is None:
+        return
+    overridden = getattr(connection.scope.get("app"), "dependency_overrides", {})
+    for each in _all_dependants(dependant):
+        call = each.call
+        if call is None or call not in (get_session, get_async_session):
+            continue
+        if call in overridden:
+            raise HandOverError(
+                f"{call.__name__} is overridden, so AfterCommitDep does not know the session of this request, and "
+                "the task would be written into another transaction. Override it, too: "
                 "app.dependency_overrides[get_after_commit] = lambda: AfterCommit(db, session); in tests, "
                 "aftercommit.testing.replace(db, …) replaces everything at once."
             )
+        raise HandOverError(
+            "A dependency hands over a task before this request has opened its session, so the task would be written "
+            "into another transaction. Let that dependency take the session, too (SessionDep or AsyncSessionDep), "
+            "before it hands over."
+        )
 
 
 async def get_after_commit(connection: HTTPConnection) -> AsyncIterator[AfterCommit]:
@@ -387,12 +509,14 @@ async def get_after_commit(connection: HTTPConnection) -> AsyncIterator[AfterCom
 
     The key for ``app.dependency_overrides``; in endpoints write ``AfterCommitDep``.
     """
-    async for after_commit in _serve_after_commit(connection, _database_of(connection)):
+    async with _serve_after_commit(connection, _database_of(connection)) as after_commit:
         yield after_commit
 
 
 def after_commit_of(db: Database, get_session: Callable[..., Any] | None = None, *, scope: str | None = None) -> Any:
-    """Hand over to *db*: ``Annotated[AfterCommit, after_commit_of(db, get_db)]``.
+    """Depend on the hand-over to the tasks of one database, bound to the session of a dependency.
+
+    Written as ``Annotated[AfterCommit, after_commit_of(db, get_db)]``.
 
     Args:
         db: The database whose tasks these are.
@@ -403,26 +527,30 @@ def after_commit_of(db: Database, get_session: Callable[..., Any] | None = None,
     if get_session is None:
 
         async def get_after_commit_of(connection: HTTPConnection) -> AsyncIterator[AfterCommit]:
-            async for after_commit in _serve_after_commit(connection, db):
+            async with _serve_after_commit(connection, db) as after_commit:
                 yield after_commit
 
-        return Depends(_known(db, "after_commit", get_after_commit_of), scope="function")
+        return _known(db, get_after_commit_of, _hand_overs)
 
     dependency = Depends(get_session) if scope is None else Depends(get_session, scope=scope)  # type: ignore[arg-type]
 
-    def get_bound(session=dependency) -> AfterCommit:  # type: ignore[no-untyped-def]  # noqa: ANN001  # any session
+    # async, although it awaits nothing: FastAPI would take one of its threads for it.
+    async def get_bound(connection: HTTPConnection, session=dependency) -> AfterCommit:  # type: ignore[no-untyped-def]  # noqa: ANN001  # any session
+        _check_once(connection)
         return AfterCommit(db, session)
 
+    _bound.add(get_bound)
     return Depends(get_bound)
 
 
-_ours.update((get_session, get_async_session))
+_sessions.update((get_session, get_async_session))
+_hand_overs.add(get_after_commit)
 
-SessionDep = Annotated[Session, Depends(get_session, scope="function")]
+SessionDep = Annotated[Session, _function_scoped(get_session)]
 """The request's session."""
 
-AsyncSessionDep = Annotated[AsyncSession, Depends(get_async_session, scope="function")]
+AsyncSessionDep = Annotated[AsyncSession, _function_scoped(get_async_session)]
 """The request's async session."""
 
-AfterCommitDep = Annotated[AfterCommit, Depends(get_after_commit, scope="function")]
+AfterCommitDep = Annotated[AfterCommit, _function_scoped(get_after_commit)]
 """Hands tasks over to the commit of the request's session."""
