@@ -480,13 +480,21 @@ class Database:
         connection = self.sessions.connection
         if isinstance(connection, Connection):
             return work(connection)
+        if connection is not None:
+            raise ConfigurationError(
+                "The database is replaced by an AsyncConnection, which a sync call cannot use: await the async_ twin."
+            )
         engine = self._pools[REQUEST].engine
         with (engine.execution_options(**{IMMEDIATE: True}) if self._pools.is_sqlite else engine).begin() as opened:
             return work(opened)
 
     async def _async_call(self, work: Callable[[Connection], T]) -> T:
         connection = self.sessions.connection
-        if connection is not None and not isinstance(connection, Connection):
+        if isinstance(connection, Connection):
+            raise ConfigurationError(
+                "The database is replaced by a Connection, which an async call cannot use: call the sync twin."
+            )
+        if connection is not None:
             return await connection.run_sync(work)
         engine = self._pools[REQUEST].async_engine
         with_lock = engine.execution_options(**{IMMEDIATE: True}) if self._pools.is_sqlite else engine
@@ -495,7 +503,7 @@ class Database:
 
     async def async_call_anyhow(self, work: Callable[[Connection], T]) -> T:
         """Run ``work(connection)`` in a transaction, by whichever flavour the URL has."""
-        if self._pools.flavours.sync is None:
+        if self.sessions.is_async_only:
             return await self._async_call(work)
         return await asyncio.to_thread(self._call, work)
 
