@@ -28,7 +28,7 @@ from types import ModuleType
 import sqlalchemy.exc
 from sqlalchemy import Engine
 
-from aftercommit import Database, errors, signals
+from aftercommit import AfterCommitError, Database, errors, signals
 
 __all__ = ["PAGES", "ROOT", "Block", "Page", "run"]
 
@@ -126,8 +126,9 @@ def _run_block(page: Page, block: Block, module: ModuleType, runner: asyncio.Run
     try:
         _execute(page, block, module, runner)
     except kind as exc:
-        if page.path.parent.name == "errors":
-            assert getattr(exc, "code", page.path.stem) == page.path.stem, f"{page.path.name}: raised {exc!r}"
+        code = exc.code if isinstance(exc, AfterCommitError) else None
+        if page.path.parent.name == "errors" and code not in (None, page.path.stem):
+            raise AssertionError(f"{page.path.name} raised {code}") from exc
         return
     raise AssertionError(f"{page.path.name}, line {block.line}: {expected} was not raised")
 
