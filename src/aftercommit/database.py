@@ -169,9 +169,17 @@ class Database:
 
     # --- tables -------------------------------------------------------------------------------------------------
 
-    def create_tables(self) -> None:
-        """Make the ``aftercommit_*`` tables; harmless where they stand, and safe to call from several processes."""
-        self._call(schema.create_tables)
+    def create_tables(self, connection: Connection | None = None) -> None:
+        """Make the ``aftercommit_*`` tables; harmless where they stand, and safe to call from several processes.
+
+        Args:
+            connection: Whose transaction they are made in, such as ``op.get_bind()`` in a migration of Alembic's; by
+                default they are made, and committed, on one of our own.
+        """
+        if connection is not None:
+            schema.create_tables(connection)
+        else:
+            self._call(schema.create_tables)
 
     async def async_create_tables(self) -> None:
         """Make the ``aftercommit_*`` tables; harmless where they stand, and safe to call from several processes."""
