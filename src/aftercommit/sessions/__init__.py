@@ -2,17 +2,10 @@
 
 from aftercommit.sessions.ended import end_for_good
 from aftercommit.sessions.factory import SessionFactory
+from aftercommit.sessions.ledger import Entry, Sink, watch
 from aftercommit.sessions.owner import Line, Owner, owner_of, user_line
 from aftercommit.sessions.scopes import AsyncScope, Scope, shielded
-from aftercommit.sessions.waiting import (
-    Entry,
-    Sink,
-    at_every_commit,
-    simulate_commits,
-    sync_session_of,
-    wait_for_commit,
-    watch,
-)
+from aftercommit.sessions.waiting import at_every_commit, simulate_commits, sync_session_of, wait_for_commit
 
 __all__ = [
     "AsyncScope",
