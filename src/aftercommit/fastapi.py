@@ -13,12 +13,15 @@ Everything here leans on the commit, never on the order in which FastAPI leaves 
 
 from __future__ import annotations
 
+import asyncio
+import inspect
+import math
 import re
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import TYPE_CHECKING, Annotated, Any, Final, ParamSpec
-from weakref import WeakSet
+from weakref import WeakKeyDictionary, WeakSet
 
 import anyio
 import anyio.to_thread
@@ -59,6 +62,7 @@ P = ParamSpec("P")
 _OLDEST: Final = (0, 121)
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)")
 _KEY: Final = "aftercommit.sessions"
+_PLACE: Final = "aftercommit.place"
 _INSTALLED: Final = "aftercommit_databases"
 """The attribute of an application's router under which its databases stand."""
 _BY_DATABASE: Final = "_fastapi_dependencies"
@@ -279,6 +283,34 @@ def _request_of(connection: HTTPConnection, db: Database) -> _Request:
     return requests.setdefault(id(db), _Request())
 
 
+_places: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+
+
+@asynccontextmanager
+async def _place(connection: HTTPConnection) -> AsyncIterator[None]:
+    """Wait until a thread is sure to be there for every step of a ``def`` endpoint.
+
+    FastAPI goes to its threads once for the endpoint and once more to validate what it returned. If all 40 threads
+    wait for a connection, those who have one cannot get on, and nobody gives one back. So no more requests get a
+    sync session than there are threads: that costs nothing, because no more of them could run.
+    """
+    if _PLACE in connection.scope or inspect.iscoroutinefunction(connection.scope.get("endpoint")):
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    places = _places.get(loop)
+    if places is None:
+        threads = anyio.to_thread.current_default_thread_limiter().total_tokens
+        places = _places[loop] = asyncio.Semaphore(1_000_000 if threads == math.inf else int(threads))
+    async with places:
+        # One for the whole request, however many databases it uses.
+        connection.scope[_PLACE] = True
+        try:
+            yield
+        finally:
+            del connection.scope[_PLACE]
+
+
 def _owner(connection: HTTPConnection) -> Owner:
     if connection.scope["type"] == "websocket":
         raise ConfigurationError(f"WebSocket {connection.scope['path']}: {_NOT_IN_WEBSOCKETS}")
@@ -353,13 +385,23 @@ def _async_scope(connection: HTTPConnection, db: Database) -> AsyncScope:
     return db.sessions.async_scope(REQUEST, _owner(connection))
 
 
+@asynccontextmanager
+async def _serve_sync(connection: HTTPConnection, db: Database) -> AsyncIterator[Session]:
+    scope = _sync_scope(connection, db)
+    async with _place(connection), _serve(connection, db, scope) as session:
+        yield session
+
+
+def _serve_async(connection: HTTPConnection, db: Database) -> AbstractAsyncContextManager[AsyncSession]:
+    return _serve(connection, db, _async_scope(connection, db))
+
+
 async def get_session(connection: HTTPConnection) -> AsyncIterator[Session]:
     """The request's session: committed when the endpoint has returned, before the response starts.
 
     The key for ``app.dependency_overrides``; in endpoints write ``SessionDep``.
     """
-    db = _database_of(connection)
-    async with _serve(connection, db, _sync_scope(connection, db)) as session:
+    async with _serve_sync(connection, _database_of(connection)) as session:
         yield session
 
 
@@ -368,8 +410,7 @@ async def get_async_session(connection: HTTPConnection) -> AsyncIterator[AsyncSe
 
     The key for ``app.dependency_overrides``; in endpoints write ``AsyncSessionDep``.
     """
-    db = _database_of(connection)
-    async with _serve(connection, db, _async_scope(connection, db)) as session:
+    async with _serve_async(connection, _database_of(connection)) as session:
         yield session
 
 
@@ -380,7 +421,7 @@ def session_of(db: Database) -> Any:
     """
 
     async def get_session_of(connection: HTTPConnection) -> AsyncIterator[Session]:
-        async with _serve(connection, db, _sync_scope(connection, db)) as session:
+        async with _serve_sync(connection, db) as session:
             yield session
 
     return _known(db, get_session_of, _sessions)
@@ -393,7 +434,7 @@ def async_session_of(db: Database) -> Any:
     """
 
     async def get_async_session_of(connection: HTTPConnection) -> AsyncIterator[AsyncSession]:
-        async with _serve(connection, db, _async_scope(connection, db)) as session:
+        async with _serve_async(connection, db) as session:
             yield session
 
     return _known(db, get_async_session_of, _sessions)
