@@ -14,6 +14,7 @@ from threading import Event
 from time import perf_counter
 
 import httpx
+import psutil
 from rich.console import Console
 from rich.table import Table
 from sqlalchemy import Engine, create_engine, make_url, text
@@ -41,6 +42,8 @@ class Round:
         side: Which application.
         answered: Requests per second, from the first request to the last answer.
         done: Requests per second, from the first request until the last task had taken effect.
+        cpu: What the server computed for each request and its task, in ms. It depends less than the others on who
+            else is on the machine.
         waited: How long each task waited between the commit and its start, in ms, with *width* requests at once.
         waited_alone: The same with one request at a time.
     """
@@ -49,6 +52,7 @@ class Round:
     side: str
     answered: float
     done: float
+    cpu: float
     waited: list[float]
     waited_alone: list[float]
 
@@ -118,11 +122,12 @@ def run(target: DatabaseUnderTest, side: str, requests: int, width: int) -> Roun
         wait(onlooker, WARM_UP)
         httpx.get(f"{server.url}/waited")
 
-        start = perf_counter()
+        computed, start = cpu_seconds(server.process.pid), perf_counter()
         send(jobs, times=requests, width=width)
         answered = perf_counter() - start
         wait(onlooker, WARM_UP + requests)
         done = perf_counter() - start
+        computed = cpu_seconds(server.process.pid) - computed
         waited = httpx.get(f"{server.url}/waited").json()
 
         send(jobs, times=WARM_UP, width=1)
@@ -135,9 +140,16 @@ def run(target: DatabaseUnderTest, side: str, requests: int, width: int) -> Roun
         side=side,
         answered=requests / answered,
         done=requests / done,
+        cpu=computed / requests * 1000,
         waited=waited,
         waited_alone=waited_alone,
     )
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return the CPU time that a process has used so far."""
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
 
 
 def wait(onlooker: Engine, number: int) -> None:
@@ -157,7 +169,7 @@ def table_of(rounds: list[Round], options: argparse.Namespace) -> Table:
     table = Table(title="A request with one task, until the task took effect; then the wait from commit to start")
     for heading in ("driver", "application"):
         table.add_column(heading)
-    for heading in ("per second", "ratio", "rounds", "start, ms", "p99", "start, busy", "p99"):
+    for heading in ("per second", "ratio", "rounds", "CPU, ms", "start, ms", "p99", "start, busy", "p99"):
         table.add_column(heading, justify="right")
     for driver in options.drivers:
         base = [one.done for one in rounds if (one.driver, one.side) == (driver, options.sides[0])]
@@ -172,6 +184,7 @@ def table_of(rounds: list[Round], options: argparse.Namespace) -> Table:
                 f"{median(one.done for one in ours):.0f}",
                 f"{median(ratios):.2f}",
                 f"{min(ratios):.2f} – {max(ratios):.2f}",
+                f"{median(one.cpu for one in ours):.2f}",
                 *(f"{figure:.1f}" for waits in (alone, busy) for figure in (median(waits), p99(waits))),
             )
         table.add_section()
