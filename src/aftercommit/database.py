@@ -328,6 +328,11 @@ class Database:
             UnsafeArgument: If an argument cannot cross.
             HandOverError: If the task could never start from here.
         """
+        if isinstance(session, Task):
+            raise HandOverError(
+                f"db.after_commit needs the session first, whose commit the task waits for: db.after_commit(session, "
+                f"{session.name}, …)."
+            )
         if not isinstance(task, Task):
             raise HandOverError(
                 f"after_commit needs a task, and got {getattr(task, '__name__', type(task).__name__)!r}. Declare it "

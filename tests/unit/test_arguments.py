@@ -42,6 +42,20 @@ MANY = 65536
 DATACLASSES_TAKE_BINARY = tuple(map(int, pydantic.VERSION.split(".")[:2])) >= (2, 11)
 
 
+def test_session_passed_by_habit_is_named() -> None:
+    """A session too many in the call is refused as a session, and not counted as an argument too many."""
+
+    def confirm(session: Session, order_id: int) -> None: ...
+
+    plan = plan_for(confirm, skip_first=True)
+
+    with pytest.raises(UnsafeArgument, match="`argument 1` is a database session") as caught:
+        plan.hand_over(None, (Session(), 1), {}, max_bytes=MANY)
+    with pytest.raises(UnsafeArgument, match="`session` is a database session"):
+        plan.hand_over(None, (1,), {"session": Session()}, max_bytes=MANY)
+    assert caught.value.code == "AC101"
+
+
 def plan_for(function: Callable[..., Any], *, skip_first: bool = False) -> ArgumentPlan:
     return ArgumentPlan(function, task="job", skip_first=skip_first)
 

@@ -25,6 +25,7 @@ from aftercommit.errors import PayloadError, UnsafeArgument
 from aftercommit.tasks.annotations import Fields, function_parameters, resolve
 from aftercommit.tasks.parameters import Parameter, Row
 from aftercommit.tasks.references import Loading
+from aftercommit.tasks.unsafe import describe, recognise
 
 __all__ = ["ArgumentPlan", "Handed"]
 
@@ -205,7 +206,23 @@ class ArgumentPlan:
         try:
             return made.signature.bind(*args, **kwargs).arguments
         except TypeError as exc:
+            self._refuse_session(args, kwargs)
             raise TypeError(f"task {self._task!r}: {exc}") from None
+
+    def _refuse_session(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Say why a call does not fit, if it is for the session that people pass along by habit."""
+        named = [(f"argument {place}", value) for place, value in enumerate(args, start=1)] + list(kwargs.items())
+        for name, value in named:
+            kind = recognise(type(value))
+            if kind is not None and kind.code == "AC101":
+                raise UnsafeArgument(
+                    f"task {self._task!r}: `{name}` is {kind.thing} ({describe(value)}), which cannot cross to a task. "
+                    f"Instead: {kind.remedy}.",
+                    task=self._task,
+                    parameter=name,
+                    thing=kind.thing,
+                    code=kind.code,
+                )
 
     def _call(
         self, made: _Prepared, values: dict[str, Any], run_id: UUID | None
