@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 
 _STATES = ("queued", "running", "succeeded", "failed", "cancelled")
+_WIDTHS = {"id": 36, "state": 9, "tries": 5}
 _COLOURS = {"queued": "cyan", "running": "yellow", "succeeded": "green", "failed": "red", "cancelled": "dim"}
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -64,11 +65,12 @@ def list_(  # noqa: PLR0917  # options of a command
     table = Table(box=None, header_style="bold")
     for name in ("id", "task", "pool", "state", "tries", "done", "age", "error"):
         # On a narrow terminal the error gives way first: `tasks show` has it whole.
-        table.add_column(name, no_wrap=True, overflow="ellipsis", ratio=1 if name == "error" else None)
+        table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=_WIDTHS.get(name))
     for row in rows:
         table.add_row(
             row["id"], row["task"], row["pool"], f"[{_COLOURS[row['state']]}]{row['state']}[/]",
-            f"{row['attempt']}/{row['max_attempts']}", _progress(row), _ago(row["enqueued_at"]), escape(row["error"] or ""),
+            f"{row['attempt']}/{row['max_attempts']}", _progress(row), _ago(row["enqueued_at"]),
+            escape(row["error"] or ""),
         )  # fmt: skip
     console = Console()
     console.print(table)

@@ -1,0 +1,230 @@
+"""The command, as a process of its own on a real database."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Self
+
+import pytest
+from sqlalchemy import Engine, create_engine, select
+from sqlalchemy.orm import Session
+
+from aftercommit import TaskRecord
+
+SHOP = """
+import asyncio, os
+from sqlalchemy.orm import Session
+from aftercommit import Database, PoolSettings
+
+db = Database(os.environ["SHOP_URL"], pools={"files": PoolSettings(pool_size=1)})
+
+
+@db.task
+def double(number: int) -> int:
+    return 2 * number
+
+
+@db.task(pool="files")
+def refuse(reason: str) -> None:
+    raise ValueError(reason)
+
+
+async def hand_over():
+    async with db.async_session() as session:
+        db.after_commit(session, double, 21)
+        db.after_commit(session, refuse, "a [bold] reason")
+    await db.async_dispose()
+
+
+if __name__ == "__main__":
+    asyncio.run(hand_over())
+"""
+
+
+@pytest.fixture(params=["sqlite", "postgresql", "asyncpg"])
+def engine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Engine]:
+    """An application ``shop`` in a folder of its own, on an empty database; the test looks at it from outside."""
+    url = f"sqlite:///{tmp_path / 'shop.db'}" if request.param == "sqlite" else request.getfixturevalue("postgres_url")
+    (tmp_path / "shop.py").write_text(SHOP)
+    monkeypatch.setenv("SHOP_URL", url.replace("+psycopg", "+asyncpg") if request.param == "asyncpg" else url)
+    monkeypatch.setenv("AFTERCOMMIT_DB", "shop:db")
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.chdir(tmp_path)
+    engine = create_engine(url)
+    yield engine
+    engine.dispose()
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run the command and wait for its end."""
+    command = [sys.executable, "-m", "aftercommit", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def hand_over() -> None:
+    """Have another process ask for one task that succeeds and one that fails."""
+    subprocess.run([sys.executable, "shop.py"], check=True, timeout=60)
+
+
+def states(engine: Engine) -> dict[str, str]:
+    """What became of the tasks, by name."""
+    with Session(engine) as session:
+        return {record.task: record.state for record in session.scalars(select(TaskRecord))}
+
+
+class Worker:
+    """A worker process and what it has said so far."""
+
+    def __init__(self, *words: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "aftercommit", "worker", "--log-level", "DEBUG", *words],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.log: list[str] = []
+
+    def __enter__(self) -> Self:
+        """Wait until it runs."""
+        self.wait_for(" runs ")
+        return self
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Leave nothing behind, however the test went."""
+        self.process.kill()
+        self.process.communicate()
+
+    def wait_for(self, *words: str) -> None:
+        """Read on until each of these words was said."""
+        assert self.process.stderr is not None
+        while missing := [word for word in words if not any(word in line for line in self.log)]:
+            line = self.process.stderr.readline()
+            if not line:
+                pytest.fail(f"the worker ended without saying {missing}: {''.join(self.log)}")
+            self.log.append(line)
+
+    def stop(self) -> int:
+        """Stop it in order; return its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        self.wait_for("Stopped")
+        return self.process.wait(30)
+
+
+def test_worker_runs_what_waits_and_stops_in_order(engine: Engine) -> None:
+    """A worker runs the tasks of another process, tells of failures, and ends with 0 on SIGTERM."""
+    assert run("schema", "--apply").returncode == 0
+    hand_over()
+
+    with Worker() as worker:
+        worker.wait_for("failed for good", "succeeded after")
+        code = worker.stop()
+
+    assert code == 0
+    assert states(engine) == {"double": "succeeded", "refuse": "failed"}
+
+
+def test_worker_runs_only_the_pools_it_is_told(engine: Engine) -> None:
+    """With ``--pools`` the tasks of other pools stay queued."""
+    run("schema", "--apply")
+    hand_over()
+
+    with Worker("shop:db", "--pools", "files") as worker:
+        worker.wait_for("failed for good")
+        worker.stop()
+
+    assert states(engine) == {"double": "queued", "refuse": "failed"}
+
+
+def test_tasks_are_listed_shown_retried_and_cancelled(engine: Engine) -> None:
+    """Everything about tasks can be read and changed, by id and by filter, by people and by scripts."""
+    run("schema", "--apply")
+    hand_over()
+
+    listed = json.loads(run("tasks", "list", "--state", "queued", "--json").stdout)
+    cancelled = run("tasks", "cancel", "--task", "refuse", "--yes")
+    shown = run("tasks", "show", listed[0]["id"])
+    retried = run("tasks", "retry", "--state", "cancelled", "--yes")
+    again = run("tasks", "retry", listed[0]["id"])
+
+    assert {row["task"] for row in listed} == {"double", "refuse"}
+    assert "cancel: 1 task(s)" in cancelled.stdout
+    assert "a [bold] reason" in shown.stdout
+    assert "cancelled" in shown.stdout
+    assert "retry: 1 task(s)" in retried.stdout
+    assert states(engine) == {"double": "queued", "refuse": "queued"}
+    # Queued again, it is no longer something to retry, and the command says so.
+    assert again.returncode == 1
+    assert "is not failed or cancelled" in again.stderr
+
+
+def test_pools_are_listed_paused_and_resumed(engine: Engine) -> None:
+    """A paused pool starts nothing, and says so, until it is resumed."""
+    run("schema", "--apply")
+    hand_over()
+
+    paused = run("pools", "pause", "files")
+    with Worker() as worker:
+        worker.wait_for("succeeded after")
+        listed = {row["pool"]: row for row in json.loads(run("pools", "list", "--json").stdout)}
+        run("pools", "resume", "files")
+        worker.wait_for("failed for good")
+        worker.stop()
+
+    assert paused.returncode == 0
+    assert listed["files"]["paused"]
+    assert listed["files"]["queued"] == 1
+    assert listed["default"]["workers"] == 1
+    assert states(engine) == {"double": "succeeded", "refuse": "failed"}
+
+
+def test_schema_is_printed_checked_and_applied(engine: Engine) -> None:
+    """What is printed makes the same tables that ``--apply`` makes; ``--check`` tells which case it is."""
+    before = run("schema", "--check")
+    printed = run("schema")
+    applied = run("schema", "--apply")
+    after = run("schema", "--check")
+
+    assert before.returncode == 1
+    assert "are missing" in before.stdout
+    assert "CREATE TABLE aftercommit_task" in printed.stdout
+    assert ("autovacuum" in printed.stdout) == (engine.dialect.name == "postgresql")
+    assert applied.returncode == after.returncode == 0
+
+
+def test_the_printed_schema_is_complete(engine: Engine) -> None:
+    """The printed statements alone are enough."""
+    printed = run("schema").stdout
+    with engine.begin() as connection:
+        for statement in printed.split(";"):
+            if statement.strip():
+                connection.exec_driver_sql(statement)
+
+    assert run("schema", "--check").returncode == 0
+
+
+@pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("worker", "nothing.here:db"), "There is no module 'nothing'"),
+        (("worker", "shop"), "not of the form module:name"),
+        (("worker", "shop:double"), "and not a Database"),
+        (("worker", "shop:other"), "has nothing called 'other'"),
+        (("worker", "shop:db", "--pools", "flies"), "runs names the pool 'flies'"),
+        (("tasks", "list"), "aftercommit schema --apply"),
+        (("tasks", "list", "--state", "done"), "use one of queued"),
+        (("tasks", "list", "--older-than", "soon"), "write a number and s, m, h or d"),
+        (("tasks", "retry"), "Which tasks?"),
+        (("pools", "pause", "flies"), "There is no pool of tasks 'flies'"),
+    ],
+)
+def test_mistakes_are_explained(engine: Engine, words: tuple[str, ...], said: str) -> None:
+    """A mistake ends with 2 and a sentence that says what to write, never with a traceback."""
+    result = run(*words)
+
+    assert result.returncode == 2
+    assert said in result.stderr.replace("\n", " ")
+    assert "Traceback" not in result.stderr
