@@ -1,7 +1,7 @@
 """What a contract test stands on: one body for every driver, run natively or in a greenlet."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -9,7 +9,7 @@ import sqlalchemy as sa
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
-from sqlalchemy.util import greenlet_spawn
+from sqlalchemy.util import await_only, greenlet_spawn
 
 from aftercommit import Database, Task, TaskRecord, signals
 from tests.support.databases import DatabaseUnderTest
@@ -42,12 +42,13 @@ class Stand:
         handed_over: What was reported committed.
     """
 
-    def __init__(self, under_test: DatabaseUnderTest) -> None:
+    def __init__(self, under_test: DatabaseUnderTest, *, is_async: bool) -> None:
         self.under_test = under_test
-        self.runner = asyncio.Runner() if under_test.is_async else None
+        self.is_async = is_async
+        self.runner = asyncio.Runner() if is_async else None
         self.db = Database(under_test.url)
         self.async_engine: AsyncEngine | None = None
-        if under_test.is_async:
+        if is_async:
             self.async_engine = create_async_engine(under_test.url)
             self.engine: Engine = self.async_engine.sync_engine
         else:
@@ -100,10 +101,39 @@ class Stand:
             return body()
         return self.runner.run(greenlet_spawn(body))
 
+    def run_async(self, body: Coroutine[Any, Any, T]) -> T:
+        """Run *body* on the loop that the async engines belong to."""
+        assert self.runner is not None
+        return self.runner.run(body)
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Run tasks: on the loop of ``run`` where there is one, else on one of the runner's own."""
+        if self.runner is None:
+            with self.db.running(create_tables=True):
+                yield
+            return
+        running = self.db.running(create_tables=True)
+        self.runner.run(running.__aenter__())
+        try:
+            yield
+        finally:
+            self.runner.run(running.__aexit__(None, None, None))
+
+    def drain(self) -> list[str]:
+        """Wait for all that is due, inside ``run`` or outside; give the labels of what ran, sorted."""
+        if self.runner is None:
+            self.db.drain()
+        elif self.runner.get_loop().is_running():
+            await_only(self.db.async_drain())
+        else:
+            self.runner.run(self.db.async_drain())
+        return sorted(self.ran)
+
     @property
     def our_engine(self) -> Engine:
         """The request pool's engine, by its sync side."""
-        return self.db.async_engine().sync_engine if self.under_test.is_async else self.db.engine()
+        return self.db.async_engine().sync_engine if self.is_async else self.db.engine()
 
     def hand_over(self, session: Session, *labels: str) -> None:
         """Ask for ``note`` with each of *labels*."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 from uuid import UUID
 
@@ -11,7 +12,6 @@ from aftercommit.records.statement import Statement
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from datetime import datetime
 
     from sqlalchemy import Connection
 
@@ -111,7 +111,8 @@ def _row(task: NewTask, *, is_sqlite: bool) -> dict[str, object]:
     def identifier(value: UUID | None) -> str | None:
         return None if value is None else value.hex
 
-    at = task.at
+    # Text on SQLite, which compares it with its own clock in UTC.
+    at = None if task.at is None else task.at.astimezone(UTC)
     return {
         "id": task.id.hex,
         "task": task.task,
