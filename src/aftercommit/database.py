@@ -29,12 +29,12 @@ from aftercommit.pools import Pools, PoolSettings
 from aftercommit.pools.pools import BOOKKEEPING, REQUEST
 from aftercommit.pools.settings import check_isolation_level
 from aftercommit.pools.sqlite import IMMEDIATE
-from aftercommit.pools.urls import identity, render
+from aftercommit.pools.urls import flavours, identity, is_sqlite, render
 from aftercommit.records import TaskRecord, moves, pausing, schema
 from aftercommit.records.ids import uuid7
 from aftercommit.runner import Outbox, Pace, Runner, TaskHandle, Wanted
 from aftercommit.runner.outbox import autocommits
-from aftercommit.runner.run import note_fault
+from aftercommit.runner.run import note_fault, stop_at_statement
 from aftercommit.runner.running import Running
 from aftercommit.sessions import Owner, SessionFactory, sync_session_of, user_line, wait_for_commit, watch
 from aftercommit.tasks import Retry, Task, TaskSettings, current_run
@@ -60,7 +60,8 @@ T = TypeVar("T")
 AnySession = "Session | AsyncSession | scoped_session[Any]"
 DEFAULT: Final = "default"
 _DEFAULTS: Final = {REQUEST: PoolSettings(max_overflow=5), DEFAULT: PoolSettings()}
-_BOOKS: Final = PoolSettings(pool_size=1, max_overflow=1)
+# Not pinged: whoever is idle for longer than a second would send two statements for each. It tries again instead.
+_BOOKS: Final = PoolSettings(pool_size=1, max_overflow=1, pool_pre_ping=False)
 
 
 class Database:
@@ -80,6 +81,8 @@ class Database:
         heartbeat: Seconds between the heartbeats of a process that runs tasks.
         silent_after: Seconds without a heartbeat after which a process's tasks are given to others.
         keep_finished: Seconds for which finished records are kept; None for ever.
+        notify_url: Where PostgreSQL is reached past a transaction pooler, for LISTEN; None for *url*. Where LISTEN
+            does not work, other processes' tasks are found by polling.
 
     Raises:
         ConfigurationError: For what cannot be, now and not at the first request.
@@ -100,6 +103,7 @@ class Database:
         heartbeat: float = 5.0,
         silent_after: float = 30.0,
         keep_finished: float | None = 7 * 24 * 3600.0,
+        notify_url: str | URL | None = None,
     ) -> None:
         self._settings = _pool_settings(pool, pools or {})
         if not 0 < heartbeat <= silent_after / 3:
@@ -113,6 +117,7 @@ class Database:
             made, session_class=session_class, async_session_class=async_session_class, options=session_options or {}
         )
         self.outbox = Outbox()
+        self._notify_url = None if notify_url is None else _listening(notify_url)
         self._pace = Pace(heartbeat=heartbeat, silent_after=silent_after, keep=keep_finished)
         self._max_argument_bytes = max_argument_bytes
         self._tasks: dict[str, Task[Any, Any]] = {}
@@ -385,7 +390,7 @@ class Database:
 
     def new_runner(self, pools: Sequence[str]) -> Runner:
         """Make a runner for *pools*."""
-        return Runner(self.sessions, self._tasks, pools, self._pace)
+        return Runner(self.sessions, self._tasks, pools, self._pace, notify_url=self._notify_url)
 
     def drain(self, timeout: float = 30.0) -> None:
         """Run, or wait for, all that is due, then return; for scripts and tests.
@@ -453,18 +458,22 @@ class Database:
         Workers notice within seconds.
         """
         self._call(self._pausing(pausing.pause, pool))
+        self._look()
 
     async def async_pause(self, pool: str) -> None:
         """Have nobody start tasks of *pool*, in any process, until ``resume``; those that run go on."""
         await self._async_call(self._pausing(pausing.pause, pool))
+        self._look()
 
     def resume(self, pool: str) -> None:
         """Have tasks of *pool* started again."""
         self._call(self._pausing(pausing.resume, pool))
+        self._look()
 
     async def async_resume(self, pool: str) -> None:
         """Have tasks of *pool* started again."""
         await self._async_call(self._pausing(pausing.resume, pool))
+        self._look()
 
     # --- below --------------------------------------------------------------------------------------------------
 
@@ -473,7 +482,9 @@ class Database:
             wanted = "queued or running" if verb == "cancel" else "failed or cancelled"
             raise TaskStateError(f"Cannot {verb} {id}: there is no task of this id that is {wanted}.")
         runner = self.outbox.runner
-        if verb == "retry" and runner is not None:
+        if verb == "cancel" and runner is not None:
+            runner.cancelled(id)
+        elif runner is not None:
             for pool in runner.lanes:
                 runner.expect(pool)
 
@@ -488,6 +499,10 @@ class Database:
             move(connection, pool)
 
         return act
+
+    def _look(self) -> None:
+        if self.outbox.runner is not None:
+            self.outbox.runner.look()
 
     def _call(self, work: Callable[[Connection], T]) -> T:
         connection = self.sessions.connection
@@ -647,6 +662,14 @@ def _pool_settings(pool: PoolSettings | None, pools: Mapping[str, PoolSettings])
     return {**_DEFAULTS, **({} if pool is None else {REQUEST: pool}), **pools}
 
 
+def _listening(url: str | URL) -> URL:
+    found = flavours(url)
+    if is_sqlite(found.given) or found.asynchronous is None:
+        raise ConfigurationError(f"notify_url={render(found.given)!r}: only PostgreSQL has LISTEN. Leave it out.")
+    return found.asynchronous
+
+
 def _set_up(engine: Engine) -> None:
     watch(engine)
     event.listen(engine, "handle_error", note_fault)
+    event.listen(engine, "before_cursor_execute", stop_at_statement)

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
+from aftercommit.records.notifying import notify
 from aftercommit.records.statement import Statement
 
 if TYPE_CHECKING:
@@ -39,8 +40,10 @@ __all__ = [
     "fail",
     "finish",
     "give_back",
+    "limit_time",
     "lock",
     "next_due",
+    "rehome",
     "retry",
     "save_checkpoint",
     "set_progress",
@@ -138,7 +141,7 @@ _LOCK = Statement(
     f"SELECT id FROM aftercommit_task {_MINE}",
 )
 _STANDING = Statement(
-    "SELECT state, attempt, claims, CAST(checkpoint AS text) FROM aftercommit_task WHERE id = :id FOR UPDATE",
+    "SELECT state, attempt, claims, CAST(checkpoint AS text) FROM aftercommit_task WHERE id = :id FOR UPDATE NOWAIT",
     "SELECT state, attempt, claims, CAST(checkpoint AS text) FROM aftercommit_task WHERE id = :id",
 )
 _CHECKPOINT = Statement(
@@ -165,8 +168,12 @@ def lock(connection: Connection, claim: Claim) -> bool:
 def standing(connection: Connection, claim: Claim) -> Standing:
     """Say what became of a claim, in a transaction of its own.
 
-    Locks the record, and so waits for anybody who is changing it: after a connection was lost during COMMIT, for the
-    server process that may still be committing.
+    Under a lock: after a connection was lost during COMMIT, the server process that may still be committing holds it,
+    and until that one has ended nobody can say. Not by waiting: it may take as long as a network is down, and the
+    connection that asks is the one that keeps this worker alive for others. Ask again while it is refused.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: With 55P03 while somebody else is changing the record.
     """
     row = _STANDING.execute(connection, {"id": claim.id}).first()
     if row is None or (row[1], row[2]) != (claim.attempt, claim.claims):
@@ -195,6 +202,21 @@ def changes_so_far(connection: Connection) -> int:
     if connection.dialect.name != "sqlite":
         return 0
     return int(_WROTE.execute(connection, {}).scalar() or 0)
+
+
+_LIMIT_TIME = Statement(
+    "SELECT set_config('statement_timeout', :milliseconds, true), "
+    "set_config('idle_in_transaction_session_timeout', :milliseconds, true)"
+)
+
+
+def limit_time(connection: Connection, seconds: float) -> None:
+    """Have the server end this transaction's statements, and its idleness, after *seconds*; SQLite has no server.
+
+    Of the transaction, not of the session: a transaction pooler lets no other kind through.
+    """
+    if connection.dialect.name == "postgresql":
+        _LIMIT_TIME.execute(connection, {"milliseconds": str(max(1, round(seconds * 1000)))})
 
 
 # --- the end of an attempt that failed --------------------------------------------------------------------------
@@ -259,8 +281,12 @@ def give_back(
 
 
 def _written(failure: Failure) -> dict[str, str]:
-    # PostgreSQL's text holds every character but NUL.
-    return {"error": failure.error.replace("\0", "\\0"), "traceback": failure.traceback.replace("\0", "\\0")}
+    return {"error": _writable(failure.error), "traceback": _writable(failure.traceback)}
+
+
+def _writable(text: str) -> str:
+    """What both databases can hold: PostgreSQL's text knows no NUL, and no encoding knows half a surrogate pair."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8").replace("\0", "\\0")
 
 
 def _entry(claim: Claim, failure: Failure, at: str) -> str:
@@ -341,6 +367,19 @@ def next_due(connection: Connection, *, names: Sequence[str]) -> dict[str, float
     return {pool: None if seconds is None else float(seconds) for pool, seconds in rows}
 
 
+_REHOME = Statement(
+    "UPDATE aftercommit_task SET pool = :new WHERE state = 'queued' AND pool = :old "
+    "AND task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json))))",
+    "UPDATE aftercommit_task SET pool = :new WHERE state = 'queued' AND pool = :old "
+    "AND task IN (SELECT value FROM json_each(:names))",
+)
+
+
+def rehome(connection: Connection, *, old: str, new: str, names: Sequence[str]) -> int:
+    """Move queued tasks of these names out of a pool that is no more; return how many."""
+    return _REHOME.execute(connection, {"old": old, "new": new, "names": json.dumps(list(names))}).rowcount
+
+
 _ANY_RUNNING = Statement(
     "SELECT EXISTS (SELECT 1 FROM aftercommit_task WHERE state = 'running' "
     "AND task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json)))))",
@@ -364,9 +403,9 @@ _CANCEL = Statement(
 )
 _RETRY = Statement(
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_PG_NOW}, finished_at = NULL, worker = NULL, "
-    f"attempt = 0, {_KEY_AGAIN} WHERE id = :id AND state IN ('failed', 'cancelled')",
+    f"attempt = 0, {_KEY_AGAIN} WHERE id = :id AND state IN ('failed', 'cancelled') RETURNING pool",
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_LITE_NOW}, finished_at = NULL, worker = NULL, "
-    f"attempt = 0, {_KEY_AGAIN} WHERE id = :id AND state IN ('failed', 'cancelled')",
+    f"attempt = 0, {_KEY_AGAIN} WHERE id = :id AND state IN ('failed', 'cancelled') RETURNING pool",
 )
 
 
@@ -377,7 +416,10 @@ def cancel(connection: Connection, record: UUID) -> bool:
 
 def retry(connection: Connection, record: UUID) -> bool:
     """Queue a task that failed or was cancelled once more, with all its attempts."""
-    return _RETRY.execute(connection, {"id": record}).rowcount == 1
+    pool = _RETRY.execute(connection, {"id": record}).scalar()
+    if pool is not None:
+        notify(connection, (pool,))
+    return pool is not None
 
 
 # --- progress ---------------------------------------------------------------------------------------------------

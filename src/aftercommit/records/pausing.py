@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from aftercommit.records.notifying import notify
 from aftercommit.records.statement import Statement
 
 if TYPE_CHECKING:
@@ -22,8 +23,10 @@ _RESUME = Statement("DELETE FROM aftercommit_pool WHERE name = :pool")
 def pause(connection: Connection, pool: str) -> None:
     """Pause *pool*; harmless if it is. Workers notice within seconds; what runs goes on."""
     _PAUSE.execute(connection, {"pool": pool})
+    notify(connection, (), look=True)
 
 
 def resume(connection: Connection, pool: str) -> None:
     """Open *pool* again; harmless if it is."""
     _RESUME.execute(connection, {"pool": pool})
+    notify(connection, (), look=True)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-__all__ = ["Pulse", "beat", "prune", "register", "release_orphans", "rescue", "sign_off"]
+__all__ = ["Pulse", "beat", "forget_silent", "prune", "register", "release_orphans", "rescue", "sign_off"]
 
 _PG_NOW: Final = "clock_timestamp()"
 _LITE_NOW: Final = "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
@@ -45,11 +45,11 @@ _REGISTER = Statement(
     f"ON CONFLICT (id) DO UPDATE SET seen_at = {_LITE_NOW}",
 )
 _LOST_PG: Final = (
-    "SELECT t.id FROM aftercommit_task t LEFT JOIN aftercommit_worker w ON w.id = t.worker "
+    "SELECT t.id, t.task, t.key FROM aftercommit_task t LEFT JOIN aftercommit_worker w ON w.id = t.worker "
     f"WHERE t.state = 'running' AND (w.id IS NULL OR w.seen_at < {_PG_SILENT})"
 )
 _LOST_LITE: Final = (
-    "SELECT t.id FROM aftercommit_task t LEFT JOIN aftercommit_worker w ON w.id = t.worker "
+    "SELECT t.id, t.task, t.key FROM aftercommit_task t LEFT JOIN aftercommit_worker w ON w.id = t.worker "
     f"WHERE t.state = 'running' AND (w.id IS NULL OR w.seen_at < {_LITE_SILENT})"
 )
 # One statement, so that an idle application costs the server next to nothing.
@@ -61,22 +61,32 @@ _BEAT = Statement(
     "(SELECT json_group_array(t.id) FROM aftercommit_task t WHERE t.worker = :id AND t.state = 'running'), "
     f"EXISTS ({_LOST_LITE})",
 )
+# The key is taken up again unless somebody waits under it already, or an older one of those that are queued here
+# will: two would break the unique index, and with it the rescue of all the others.
 _AGAIN: Final = (
     "state = 'queued', worker = NULL, queued_key = CASE WHEN EXISTS (SELECT 1 FROM aftercommit_task o "
-    "WHERE o.task = aftercommit_task.task AND o.queued_key = aftercommit_task.key) THEN NULL ELSE key END"
+    "WHERE o.task = aftercommit_task.task AND o.queued_key = aftercommit_task.key) OR EXISTS (SELECT 1 FROM lost l "
+    "WHERE l.task = aftercommit_task.task AND l.key = aftercommit_task.key AND l.id < aftercommit_task.id) "
+    "THEN NULL ELSE key END"
 )
 _RESCUE = Statement(
     f"WITH lost AS ({_LOST_PG} ORDER BY t.id LIMIT :count FOR UPDATE OF t SKIP LOCKED) "
     f"UPDATE aftercommit_task SET {_AGAIN}, run_at = {_PG_NOW}, error = :error "
     "WHERE id IN (SELECT id FROM lost) AND state = 'running' RETURNING id",
+    f"WITH lost AS ({_LOST_LITE} ORDER BY t.id LIMIT :count) "
     f"UPDATE aftercommit_task SET {_AGAIN}, run_at = {_LITE_NOW}, error = :error "
-    f"WHERE id IN ({_LOST_LITE} ORDER BY t.id LIMIT :count) AND state = 'running' RETURNING id",
+    "WHERE id IN (SELECT id FROM lost) AND state = 'running' RETURNING id",
 )
+# Locked ones are left for the next time: a COMMIT in doubt may hold the row for as long as a network is down.
 _ORPHANS = Statement(
-    f"UPDATE aftercommit_task SET {_AGAIN}, attempt = attempt - 1 WHERE worker = :id AND state = 'running' "
-    "AND id IN (SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS uuid)) RETURNING id",
-    f"UPDATE aftercommit_task SET {_AGAIN}, attempt = attempt - 1 WHERE worker = :id AND state = 'running' "
-    "AND id IN (SELECT value FROM json_each(:ids)) RETURNING id",
+    "WITH lost AS (SELECT id, task, key FROM aftercommit_task WHERE worker = :id AND state = 'running' "
+    "AND id IN (SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS uuid)) FOR UPDATE SKIP LOCKED) "
+    f"UPDATE aftercommit_task SET {_AGAIN}, attempt = attempt - :refund "
+    "WHERE id IN (SELECT id FROM lost) AND state = 'running' RETURNING id",
+    "WITH lost AS (SELECT id, task, key FROM aftercommit_task WHERE worker = :id AND state = 'running' "
+    "AND id IN (SELECT value FROM json_each(:ids))) "
+    f"UPDATE aftercommit_task SET {_AGAIN}, attempt = attempt - :refund "
+    "WHERE id IN (SELECT id FROM lost) AND state = 'running' RETURNING id",
 )
 _FORGET_SILENT = Statement(
     f"DELETE FROM aftercommit_worker WHERE seen_at < {_PG_SILENT} AND NOT EXISTS "
@@ -113,15 +123,27 @@ def beat(connection: Connection, worker: UUID, *, silent_after: float) -> Pulse 
 def rescue(connection: Connection, *, silent_after: float, count: int = 500) -> list[UUID]:
     """Queue the tasks of silent workers again; return their ids. The claim that follows counts the next attempt."""
     parameters = {"silent": -silent_after, "count": count, "error": "its worker died or fell silent"}
-    rescued = [_uuid(each) for each in _RESCUE.execute(connection, parameters).scalars()]
+    return [_uuid(each) for each in _RESCUE.execute(connection, parameters).scalars()]
+
+
+def forget_silent(connection: Connection, *, silent_after: float) -> None:
+    """Take out workers that have been silent for long and hold nothing any more."""
     _FORGET_SILENT.execute(connection, {"silent": -10 * silent_after})
-    return rescued
 
 
-def release_orphans(connection: Connection, worker: UUID, records: Collection[UUID]) -> list[UUID]:
-    """Queue records again that say this worker runs them, though it does not; the attempt never began."""
-    ids = json.dumps([each.hex for each in records])
-    return [_uuid(each) for each in _ORPHANS.execute(connection, {"id": worker, "ids": ids}).scalars()]
+def release_orphans(
+    connection: Connection, worker: UUID, records: Collection[UUID], *, refund: bool = True
+) -> list[UUID]:
+    """Queue records again that say this worker runs them, though it does not; return their ids.
+
+    Args:
+        connection: In a transaction.
+        worker: This worker.
+        records: What it does not run.
+        refund: Whether the attempt never began, and so does not count.
+    """
+    parameters = {"id": worker, "ids": json.dumps([each.hex for each in records]), "refund": int(refund)}
+    return [_uuid(each) for each in _ORPHANS.execute(connection, parameters).scalars()]
 
 
 def sign_off(connection: Connection, worker: UUID) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from sqlalchemy import create_engine
 
 from aftercommit.pools.pools import BOOKKEEPING
+from aftercommit.tasks.transient import is_disconnect
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -23,12 +24,16 @@ if TYPE_CHECKING:
 
     from aftercommit.pools import Pools
 
-__all__ = ["Bookkeeper"]
+__all__ = ["Bookkeeper", "BooksClosed"]
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _LONG: Final = 3600.0
+
+
+class BooksClosed(RuntimeError):
+    """The bookkeeping thread has ended, so that nothing can be written by it any more."""
 
 
 class Bookkeeper:
@@ -47,6 +52,7 @@ class Bookkeeper:
         self._jobs: deque[tuple[Callable[[Connection], Any], Future[Any]]] = deque()
         self._woken = False
         self._stopping = False
+        self._ended = False
         self._thread: threading.Thread | None = None
         self._loop: asyncio.Runner | None = None
 
@@ -66,7 +72,7 @@ class Bookkeeper:
     @property
     def is_alive(self) -> bool:
         """Whether it takes jobs."""
-        return self._thread is not None and self._thread.is_alive() and not self._stopping
+        return self._thread is not None and not self._stopping and not self._ended
 
     def wake(self) -> None:
         """Have a round made soon."""
@@ -78,8 +84,8 @@ class Bookkeeper:
         """Have ``work(connection)`` run in a transaction, on the thread."""
         future: Future[T] = Future()
         with self._wake:
-            if self._stopping:
-                future.set_exception(RuntimeError("the runner has stopped"))
+            if self._stopping or self._ended or self._thread is None:
+                future.set_exception(BooksClosed("the runner has stopped"))
                 return future
             self._jobs.append((work, future))
             self._wake.notify()
@@ -102,27 +108,50 @@ class Bookkeeper:
             work: What to do.
             autocommit: Whether it is a single statement, which on PostgreSQL then needs no BEGIN and no COMMIT.
         """
-        pool = self._pools[BOOKKEEPING]
+        done: list[bool] = []
+
+        def work_once(connection: Connection) -> T:
+            result = work(connection)
+            done.append(True)
+            return result
+
+        try:
+            return self._execute(work_once, autocommit=autocommit)
+        except Exception as exc:
+            # The connection sat idle, and somebody closed it meanwhile: nothing was done yet, or was rolled back.
+            if done or not is_disconnect(exc):
+                raise
+            self._drop_connections()
+            return self._execute(work, autocommit=autocommit)
+
+    def _drop_connections(self) -> None:
+        """A demoted primary goes on answering: its connections are no use, and the pool does not know it."""
+        if self._loop is None:
+            self._engine.dispose()
+        else:
+            self._loop.run(self._pools[BOOKKEEPING].async_dispose())
+
+    def _execute(self, work: Callable[[Connection], T], *, autocommit: bool) -> T:
+        # Whatever the server's default: at a level with snapshots these would fail where they should wait and look.
+        level = "AUTOCOMMIT" if autocommit else "READ COMMITTED"
         if self._loop is None:
             engine = self._engine
-            if autocommit and not self._pools.is_sqlite:
-                engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+            if not self._pools.is_sqlite:
+                engine = engine.execution_options(isolation_level=level)
             with engine.begin() as connection:
                 return work(connection)
 
         async def run() -> T:
-            engine = pool.async_engine
-            if autocommit:
-                engine = engine.execution_options(isolation_level="AUTOCOMMIT")
+            engine = self._pools[BOOKKEEPING].async_engine.execution_options(isolation_level=level)
             async with engine.begin() as connection:
                 return await connection.run_sync(work)
 
         return self._loop.run(run())
 
     def _serve(self) -> None:
-        self._open()
         delay = 0.0
         try:
+            self._open()
             while True:
                 with self._wake:
                     if not (self._jobs or self._woken or self._stopping):
@@ -181,6 +210,7 @@ class Bookkeeper:
         except Exception:  # the connection may be gone, and so are we
             logger.debug("The bookkeeping connection could not be closed", exc_info=True)
         with self._wake:
+            self._ended = True
             for _work, future in self._jobs:
-                future.set_exception(RuntimeError("the runner has stopped"))
+                future.set_exception(BooksClosed("the runner has stopped"))
             self._jobs.clear()

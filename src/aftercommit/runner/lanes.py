@@ -6,6 +6,7 @@ import contextvars
 import logging
 import queue
 import threading
+import time
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
@@ -35,6 +36,7 @@ class Threads:
         self._idle = 0
         self._alive: set[threading.Thread] = set()
         self._number = 0
+        self._stopped = False
 
     def put(self, run: Run) -> None:
         """Have *run* run by an idle thread, or by a new one."""
@@ -56,26 +58,31 @@ class Threads:
     def stop(self, timeout: float) -> None:
         """Let the idle ones go, and wait for them; one that hangs is left behind."""
         with self._lock:
+            self._stopped = True
             alive = list(self._alive)
             idle, self._idle = self._idle, 0
         for _ in range(idle):
             self._queue.put(None)
+        deadline = time.monotonic() + timeout
         for thread in alive:
             if thread is not threading.current_thread():
-                thread.join(timeout)
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _serve(self, run: Run | None) -> None:
         try:
             while run is not None:
                 # A context of its own: nothing that one task sets is seen by the next.
-                following: Run | None = contextvars.Context().run(self._work, run)
-                run = following if following is not None else self._wait()
+                run = contextvars.Context().run(self._work, run)
+                # Nothing of the last run is kept while there is none: its arguments may hold much.
+                run = run or self._wait()
         finally:
             with self._lock:
                 self._alive.discard(threading.current_thread())
 
     def _wait(self) -> Run | None:
         with self._lock:
+            if self._stopped:
+                return None
             self._idle += 1
         try:
             return self._queue.get(timeout=_IDLE_SECONDS)
@@ -115,14 +122,39 @@ class Lane:
         self._ended = ended
         self._lock = threading.Lock()
         self._open = True
+        self._draining = False
         self._reserved = 0
         self._active: set[Run] = set()
         self._backlog: deque[Run] = deque()
         self._backlog_limit = 2 * width
         self._threads = Threads(name, self._work)
-        self.has_queued = False
-        """Whether the database is known to hold due tasks of this pool."""
+        self._heard = 0
+        self._looked = 0
         self.is_paused = False
+        """Whether nothing is to be started; said by the database."""
+
+    # -- what waits in the database --
+
+    @property
+    def has_queued(self) -> bool:
+        """Whether the database is known, or believed, to hold due tasks of this pool."""
+        return self._heard != self._looked
+
+    def expect(self) -> int:
+        """Believe from now on that there are some; return a mark for ``looked``."""
+        with self._lock:
+            self._heard += 1
+            return self._heard
+
+    @property
+    def heard(self) -> int:
+        """The mark of the last ``expect``."""
+        return self._heard
+
+    def looked(self, mark: int) -> None:
+        """Say that nothing was left for a look begun at *mark*: whatever was expected since then still is."""
+        with self._lock:
+            self._looked = mark
 
     # -- taking --
 
@@ -130,10 +162,10 @@ class Lane:
         """Take a place, or one in the short backlog, for a task that is about to be committed.
 
         Not while others wait in the database: they came first. *urgent*: a task in memory, which has nowhere else
-        to go, and so is taken whatever the backlog.
+        to go, and so is taken whatever the backlog, and until the last moment of a stop.
         """
         with self._lock:
-            if not self._open:
+            if not self._open or (self._draining and not urgent):
                 return False
             taken = len(self._active) + len(self._backlog) + self._reserved
             if not urgent and (self.is_paused or self.has_queued or taken >= self.width + self._backlog_limit):
@@ -151,9 +183,9 @@ class Lane:
         with self._lock:
             if reserved:
                 self._reserved -= 1
-            if not self._open:
+            if not self._open or (run.claim is not None and (self._draining or self.is_paused)):
                 return False
-            if len(self._active) >= self.width:
+            if self.is_paused or len(self._active) >= self.width:
                 self._backlog.append(run)
                 return True
             self._active.add(run)
@@ -163,12 +195,18 @@ class Lane:
     def capacity(self) -> int:
         """How many claims would be welcome: none until the backlog runs low, and then a good number at once."""
         with self._lock:
-            if not self._open or self.is_paused:
+            if not self._open or self._draining or self.is_paused:
                 return 0
             taken = len(self._active) + len(self._backlog) + self._reserved
             if len(self._backlog) > self._backlog_limit // 4:
                 return 0
             return max(0, self.width + self._backlog_limit - taken)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether every place is taken: what is queued now is better taken by somebody else."""
+        with self._lock:
+            return len(self._active) >= self.width
 
     # -- ending --
 
@@ -176,8 +214,9 @@ class Lane:
         """Free the place of *run*; return the next, which the calling thread may go on with if it is sync."""
         with self._lock:
             self._active.discard(run)
-            following = self._backlog.popleft() if self._backlog and len(self._active) < self.width else None
-            if following is not None:
+            following = None
+            if self._backlog and len(self._active) < self.width and not self.is_paused:
+                following = self._backlog.popleft()
                 self._active.add(following)
         self._ended(self)
         return following
@@ -188,12 +227,51 @@ class Lane:
         if following is not None:
             self.start(following)
 
+    def withdraw(self, run: Run) -> bool:
+        """Take a run that has not begun out of the backlog."""
+        with self._lock:
+            try:
+                self._backlog.remove(run)
+            except ValueError:
+                return False
+        self._ended(self)
+        return True
+
+    def pause(self) -> list[Run]:
+        """Start nothing more; return what waited here and can wait in the database."""
+        with self._lock:
+            self.is_paused = True
+            return self._take_durable()
+
+    def resume(self) -> None:
+        """Start again what waited here, and look for what waited elsewhere."""
+        with self._lock:
+            self.is_paused = False
+            starting: list[Run] = []
+            while self._backlog and len(self._active) < self.width:
+                starting.append(self._backlog.popleft())
+                self._active.add(starting[-1])
+        self.expect()
+        for run in starting:
+            self.start(run)
+
+    def drain(self) -> list[Run]:
+        """Take nothing more but what is in memory; return what had not begun and can wait in the database."""
+        with self._lock:
+            self._draining = True
+            return self._take_durable()
+
     def close(self) -> list[Run]:
-        """Take nothing more; return what had not begun."""
+        """Take nothing more at all; return what had not begun."""
         with self._lock:
             self._open = False
             waiting = list(self._backlog)
             self._backlog.clear()
+        return waiting
+
+    def _take_durable(self) -> list[Run]:
+        waiting = [run for run in self._backlog if run.claim is not None]
+        self._backlog = deque(run for run in self._backlog if run.claim is None)
         return waiting
 
     def active(self) -> list[Run]:
@@ -233,7 +311,10 @@ class Lane:
         except BaseException:
             # Whatever it was, it has been recorded as far as that was possible; the thread and its place go on.
             logger.exception("The run of task %r (%s) ended in an error of the library", run.name, run.id)
-        following = self.finished(run) if run in self._active else None
+        if run.is_taken_over:
+            # It hung, its place went to others long ago, and so did its thread's.
+            return None
+        following = self.finished(run)
         if following is not None and following.task.is_async:
             self._start_async(following)
             return None

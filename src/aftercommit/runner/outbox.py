@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from uuid import UUID
 
+    from aftercommit.runner.listening import Herald
     from aftercommit.runner.runner import Runner
     from aftercommit.sessions import Line
     from aftercommit.tasks import Task
@@ -99,6 +100,7 @@ class Outbox:
 
     def __init__(self, started: Callable[[Sequence[Wanted]], None] | None = None) -> None:
         self.runner: Runner | None = None
+        self.herald: Herald | None = None
         self.lost_tasks: list[TasksNotCommitted] = []
         self.started = started
         """Takes over what was committed, instead of the runner (tests)."""
@@ -210,8 +212,14 @@ class Outbox:
         elif not entry.task.settings.durable:
             if runner is None or not runner.submit(entry.as_run(None), reserved=False):
                 self._report_memory_lost(entry)
-        elif runner is not None and entry.written:
-            runner.expect(entry.task.settings.pool)
+        elif entry.written:
+            self._tell(entry.task.settings.pool)
+
+    def _tell(self, pool: str) -> None:
+        if self.runner is not None:
+            self.runner.expect(pool)
+        elif self.herald is not None:
+            self.herald.tell(pool)
 
     def _report_memory_lost(self, entry: Wanted) -> None:
         logger.error(

@@ -7,10 +7,10 @@ import time
 import traceback
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from aftercommit import signals
-from aftercommit.errors import CommitWithoutCheckpoint, LostClaim, TaskTimeout
+from aftercommit.errors import CommitWithoutCheckpoint, ConfigurationError, LostClaim, TaskTimeout, WorkerLost
 from aftercommit.records import moves
 from aftercommit.records.moves import Claim, Failure
 from aftercommit.sessions import Owner, at_every_commit
@@ -28,7 +28,10 @@ if TYPE_CHECKING:
 
     from aftercommit.tasks import Task
 
-__all__ = ["Run", "failure_of", "note_fault", "now"]
+__all__ = ["Run", "failure_of", "note_fault", "now", "stop_at_statement"]
+
+_SERVER_LAG: Final = 0.25
+"""Seconds by which the server's own time limits come after ours, which tell more."""
 
 
 @dataclass(eq=False, slots=True, kw_only=True)
@@ -45,12 +48,17 @@ class Run:
         context: What follows the task across the hand-over, JSON text.
         checkpoint: What an earlier run saved, JSON text.
         waited: Seconds between its being due and its claim.
+        pool: The pool it was asked for in, and runs in; the task's own by default.
         on_progress: Called when the task tells of its progress.
+        on_deadline: Called when a try begins that has a time limit.
         repeats: What this claim has been repeated for.
         started: When it started here, by the monotonic clock; 0.0 before.
+        deadline: When its time is over, by the monotonic clock; None without a limit.
         job: The asyncio task that runs it, of an async task.
         stopping: Whether it was cancelled by an orderly stop.
         abandoned: Why nothing of it may be committed any more, or None.
+        is_taken_over: Whether somebody else records its end: it hangs.
+        is_committed: Whether its last commit is done.
     """
 
     task: Task[Any, Any]
@@ -62,34 +70,35 @@ class Run:
     context: str | None = None
     checkpoint: str | None = None
     waited: float = 0.0
+    pool: str = ""
     on_progress: Callable[[Run], None] | None = None
+    on_deadline: Callable[[Run], None] | None = None
     repeats: Repeats = field(default_factory=Repeats)
     repeated: int = 0
     conflict_since: float | None = None
     started: float = 0.0
+    deadline: float | None = None
     job: asyncio.Task[None] | None = None
     stopping: bool = False
     abandoned: Exception | None = None
+    is_taken_over: bool = False
+    is_committed: bool = False
     current: CurrentRun = field(init=False)
     session: Session | None = None
+    connection: Connection | None = None
     _finishing: bool = False
     _result: str | None = None
     _changes: int = 0
-    _deadline: float | None = None
 
     def __post_init__(self) -> None:
-        """Make what the task's code sees of it."""
-        self.current = self._make_current()
+        """Make what the task's code sees of it; what it restores is read with the first try, where it may fail."""
+        self.pool = self.pool or self.task.settings.pool
+        self.current = self._make_current(None)
 
     @property
     def name(self) -> str:
         """The task's name."""
         return self.task.name
-
-    @property
-    def pool(self) -> str:
-        """The pool it runs in."""
-        return self.task.settings.pool
 
     @property
     def owner(self) -> Owner:
@@ -114,11 +123,36 @@ class Run:
         """Get ready for one try, on *session*: every commit on it must hold what this module demands."""
         self._finishing = False
         self._result = None
-        self.current = self._make_current()
+        self.current = self._make_current(self.checkpoint)
         self.session = session
         timeout = self.task.settings.timeout
-        self._deadline = None if timeout is None else time.monotonic() + timeout
+        if timeout is not None:
+            self.deadline = time.monotonic() + timeout
+            if self.on_deadline is not None:
+                self.on_deadline(self)
         at_every_commit(session, begun=self._begun, committing=self._committing)
+
+    def end_try(self) -> None:
+        """Let go of what belonged to one try; what is done from here on is not the function's doing."""
+        self.session = None
+        self.connection = None
+        self.deadline = None
+        if self.current.stopped_by is not None:
+            # A thread that hangs still has the old one, and is to be told.
+            self.current = self._make_current(None)
+
+    def close(self) -> None:
+        """Let go of everything that may be large or alive: somebody may keep the run, nobody what it ran with."""
+        self.end_try()
+        self.job = None
+        self.arguments = ""
+        self._result = None
+        self.current.forget()
+
+    def stop_with(self, error: Exception) -> None:
+        """Have its next statement and every commit raise *error*."""
+        self.abandoned = error
+        self.current.stopped_by = error
 
     def finish_with(self, result: Any) -> None:
         """Make the next commit the last one."""
@@ -130,12 +164,17 @@ class Run:
         """Whether the function has returned and its last commit is being made."""
         return self._finishing
 
-    def _make_current(self) -> CurrentRun:
+    @property
+    def is_overdue(self) -> bool:
+        """Whether its time is over."""
+        return self.deadline is not None and time.monotonic() > self.deadline
+
+    def _make_current(self, checkpoint: str | None) -> CurrentRun:
         return CurrentRun(
             id=self.id,
             name=self.name,
             attempt=self.attempt,
-            restored=None if self.checkpoint is None else json.loads(self.checkpoint),
+            restored=None if checkpoint is None else json.loads(checkpoint),
             on_progress=self._progressed,
         )
 
@@ -144,12 +183,21 @@ class Run:
             self.on_progress(self)
 
     def _begun(self, connection: Connection) -> None:
+        if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+            raise ConfigurationError(
+                f"Task {self.name!r} put its session into AUTOCOMMIT: every statement would take effect by itself, and "
+                "again when the run is repeated. Leave the session's isolation level alone; use db.session() for work "
+                "that needs no transaction."
+            )
+        self.connection = connection
         self._changes = moves.changes_so_far(connection)
+        if self.deadline is not None:
+            moves.limit_time(connection, max(0.0, self.deadline - time.monotonic()) + _SERVER_LAG)
 
     def _committing(self, connection: Connection) -> None:
         if self.abandoned is not None:
             raise self.abandoned
-        if self._deadline is not None and time.monotonic() > self._deadline:
+        if self.is_overdue:
             raise self.overdue()
         if self._finishing:
             if self.claim is not None and not moves.finish(connection, self.claim, self._result):
@@ -192,6 +240,16 @@ class Run:
             run_id=self.id,
         )
 
+    def interrupted(self) -> WorkerLost:
+        """The error of a run that may begin only once, and was stopped with its process."""
+        return WorkerLost(
+            f"Task {self.name!r} ({self.id}) was interrupted because its process stopped, and Retry(attempts=1) means "
+            "that it is not begun again. Nothing of it was committed. Give the process more grace, or queue it again "
+            "with db.retry(id) once you know that it does no harm.",
+            task=self.name,
+            run_id=self.id,
+        )
+
     def overdue(self) -> TaskTimeout:
         """The error of a run that took too long."""
         return TaskTimeout(
@@ -228,3 +286,13 @@ def note_fault(context: Any) -> None:
     fault = fault_of(context.sqlalchemy_exception or context.original_exception)
     run.saw_unique = run.saw_unique or fault is Fault.UNIQUE
     run.saw_conflict = run.saw_conflict or fault is Fault.CONFLICT
+
+
+def stop_at_statement(*_: Any) -> None:
+    """Raise what has ended the run at hand, before it sends another statement.
+
+    A listener of the engines' ``before_cursor_execute``. A thread cannot be stopped, but it can be told.
+    """
+    run = current_run()
+    if run is not None and run.stopped_by is not None:
+        raise run.stopped_by

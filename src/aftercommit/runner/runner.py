@@ -5,27 +5,28 @@ from __future__ import annotations
 import asyncio
 import contextvars
 import logging
-import os
-import socket
 import threading
 import time
-from dataclasses import dataclass
+from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
 from aftercommit import signals
-from aftercommit.errors import ConfigurationError, LostClaim
-from aftercommit.records import moves, workers
+from aftercommit.errors import ConfigurationError, TaskTimeout
+from aftercommit.records import moves, notifying, workers
 from aftercommit.records.ids import uuid7
 from aftercommit.runner.bookkeeper import Bookkeeper
+from aftercommit.runner.ending import end, judge
 from aftercommit.runner.lanes import Lane
-from aftercommit.runner.run import Run
+from aftercommit.runner.listening import Herald, Listener
+from aftercommit.runner.rounds import OVERRUN_SECONDS, Pace, Rounds, is_lost
+from aftercommit.runner.run import Run, failure_of, now
 from aftercommit.runner.shells import run_async, run_sync
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
-    from sqlalchemy import Connection
+    from sqlalchemy import URL, Connection
 
     from aftercommit.sessions import SessionFactory
     from aftercommit.tasks import Task
@@ -34,27 +35,8 @@ __all__ = ["Pace", "Runner"]
 
 logger = logging.getLogger(__name__)
 
-_SETTLE_SECONDS: Final = 0.002
-_PROGRESS_SECONDS: Final = 0.3
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Pace:
-    """How often the runner looks around.
-
-    Attributes:
-        heartbeat: Seconds between heartbeats.
-        silent_after: Seconds without one after which a worker's tasks are given to others.
-        poll: Seconds between looks for tasks of other processes, when idle.
-        keep: Seconds for which finished records are kept, or None for ever.
-        prune_every: Seconds between prunings.
-    """
-
-    heartbeat: float = 5.0
-    silent_after: float = 30.0
-    poll: float = 2.0
-    keep: float | None = 7 * 24 * 3600.0
-    prune_every: float = 60.0
+_UNWINDING_SECONDS: Final = 5.0
+_WRITING_SECONDS: Final = 10.0
 
 
 class Runner:
@@ -65,33 +47,35 @@ class Runner:
         tasks: All that this process knows, by name and alias.
         pools: The pools it runs.
         pace: How often it looks around.
+        notify_url: Where it listens, instead of the database's own URL.
     """
 
     def __init__(
-        self, sessions: SessionFactory, tasks: Mapping[str, Task[Any, Any]], pools: Sequence[str], pace: Pace
+        self,
+        sessions: SessionFactory,
+        tasks: Mapping[str, Task[Any, Any]],
+        pools: Sequence[str],
+        pace: Pace,
+        *,
+        notify_url: URL | None = None,
     ) -> None:
         self.id: UUID = uuid7()
         self.sessions = sessions
-        self.books = Bookkeeper(sessions.pools, self._round)
-        self._tasks = tasks
-        self._pace = pace
-        self._held: dict[UUID, Run] = {}
-        self._suspects: set[UUID] = set()
-        self._progressing: dict[UUID, Run] = {}
-        self._settling: list[Callable[[], bool]] = []
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._jobs: set[asyncio.Task[None]] = set()
-        self._stop_now = threading.Event()
+        self.tasks = tasks
+        self.rounds = Rounds(self, pace)
+        self.books = Bookkeeper(sessions.pools, self.rounds.make)
+        self.herald = Herald(self.books, sessions.pools)
+        self.held: dict[UUID, Run] = {}
+        self.progressing: dict[UUID, Run] = {}
+        self.settling: deque[Callable[[], bool]] = deque()
+        self.stopping = threading.Event()
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.is_durable = False
+        self._notify_url = notify_url
+        self._listener: Listener | None = None
+        self._overrun: set[threading.Thread] = set()
         self._changed = threading.Condition()
-        self._durable = False
-        self._next_beat = 0.0
-        self._next_poll = 0.0
-        self._next_prune = 0.0
-        self._next_progress = 0.0
-        self._last_beat = time.monotonic()
-        self._loop_seen = time.monotonic()
-        self._loop_asked = False
-        self._is_down = False
+        self._changed_on_loop: asyncio.Event | None = None
         self.lanes = {
             name: Lane(
                 name,
@@ -111,17 +95,31 @@ class Runner:
         Args:
             durable: Whether there are tables to look into; without, only tasks in memory are run.
         """
-        self._loop = asyncio.get_running_loop()
-        self._durable = durable
+        self.loop = asyncio.get_running_loop()
         self.books.start()
         if durable:
-            await self.books.async_call(self._register)
-            self._next_beat = time.monotonic() + self._pace.heartbeat
+            await self.books.async_call(self.rounds.register)
+            self.is_durable = True
             for lane in self.lanes.values():
                 # Something may wait from before: until we have looked, it came first.
-                lane.has_queued = True
-            self.books.wake()
+                lane.expect()
+            self._start_listening()
+        self.books.wake()
         signals.emit(signals.WorkerStarted(worker=self.id, pools=tuple(self.lanes)))
+
+    def _start_listening(self) -> None:
+        pools = self.sessions.pools
+        url = self._notify_url or pools.flavours.asynchronous
+        if pools.is_sqlite or url is None:
+            return
+        options = pools.options("async").get("connect_args") or {}
+        self._listener = Listener(url, options, self._heard)
+        self._listener.start()
+
+    @property
+    def is_listening(self) -> bool:
+        """Whether news of other processes are known to arrive."""
+        return self._listener is not None and self._listener.is_trusted
 
     async def stop(self, *, grace: float) -> None:
         """Stop in order: take nothing more, let what runs finish, give the rest back.
@@ -129,76 +127,116 @@ class Runner:
         Args:
             grace: Seconds for what runs.
         """
-        given_back = 0
-        for lane in self.lanes.values():
-            for run in lane.close():
-                given_back += await self._hand_back(run)
-        deadline = time.monotonic() + grace
-        await self._wait_idle(deadline)
-        leftover = [run for lane in self.lanes.values() for run in lane.active()]
-        self._stop_now.set()
-        for run in leftover:
-            run.stopping = True
-            if run.job is not None:
-                run.job.cancel()
-        if leftover:
-            # Cancelled async tasks give themselves back; a thread cannot be stopped, but from here on it cannot
-            # commit either: its record is no longer its own.
-            await self._wait_jobs()
-            for run in leftover:
-                if not run.task.is_async:
-                    run.abandoned = run.lost()
-                    given_back += await self._hand_back(run)
-                else:
-                    given_back += 1
-        if self._durable:
-            try:
-                await self.books.async_call(lambda connection: workers.sign_off(connection, self.id))
-            except Exception:
-                logger.warning("The worker could not sign off; it will be seen as silent", exc_info=True)
+        self._changed_on_loop = asyncio.Event()
+        try:
+            await self._stop(grace)
+        except asyncio.CancelledError:
+            # The loop is being closed, or somebody has lost patience: no more grace, but in order all the same.
+            await self._stop(0.0)
+            raise
+
+    async def _stop(self, grace: float) -> None:
+        if self._listener is not None:
+            await self._listener.stop()
+        given_back = await self._hand_back([run for lane in self.lanes.values() for run in lane.drain()])
+        await self._wait_idle(grace)
+        # What waits in memory has had its time, and what was asked for in a transaction that is still open is not
+        # ours to wait for any longer.
+        for run in [run for lane in self.lanes.values() for run in lane.close()]:
+            self._report_memory_lost(run)
+        given_back += await self._interrupt()
+        if self.is_durable:
+            await self._sign_off()
         await asyncio.to_thread(self._stop_threads)
         signals.emit(signals.WorkerStopped(worker=self.id, given_back=given_back))
 
-    def _stop_threads(self) -> None:
-        for lane in self.lanes.values():
-            lane.stop_threads(0.2)
-        self.books.stop(5.0)
-
-    async def _hand_back(self, run: Run) -> int:
-        self._held.pop(run.id, None)
-        claim = run.claim
-        if claim is None:
-            logger.error("Task %r (%s) was in memory and its process is stopping: it is lost", run.name, run.id)
-            signals.emit(signals.TasksLost(tasks=(run.name,), lines=("the runner stopped",)))
+    async def _interrupt(self) -> int:
+        """End what still runs: async tasks are cancelled and give themselves back, threads are left behind."""
+        leftover = [run for lane in self.lanes.values() for run in lane.active()]
+        self.stopping.set()
+        for run in leftover:
+            run.stopping = True
+            if run.job is not None and run.started:
+                run.job.cancel()
+        if not leftover:
             return 0
+        # A thread between two tries, or in its last commit, ends by itself in a moment; so does what is cancelled.
+        is_async = any(run.task.is_async for run in leftover)
+        await self._wait_idle(_UNWINDING_SECONDS if is_async else 0.5)
+        hanging = [run for lane in self.lanes.values() for run in lane.active()]
+        for run in hanging:
+            # From here on it cannot commit: its record is no longer its own.
+            run.is_taken_over = True
+            run.stop_with(run.lost())
+            logger.warning(
+                "Task %r (%s) did not end in time: it goes on in a process that is stopping, and can commit nothing",
+                run.name, run.id,
+            )  # fmt: skip
+        await self._hand_back(hanging)
+        return len(leftover)
 
-        def write(connection: Connection) -> bool:
-            return moves.give_back(connection, claim, None, at="", delay=0.0, refund=True)
+    async def _sign_off(self) -> None:
+        def leave(connection: Connection) -> None:
+            notifying.notify(connection, self.lanes)
+            workers.sign_off(connection, self.id)
 
         try:
-            if await self.books.async_call(write):
-                signals.emit(signals.TaskGivenBack(**run.facts(), reason="its worker is stopping"))
-                return 1
-        except Exception:
-            logger.warning("Task %r (%s) could not be given back; it will be rescued", run.name, run.id, exc_info=True)
-        return 0
+            await asyncio.wait_for(self.books.async_call(leave), _WRITING_SECONDS)
+        except Exception as exc:  # noqa: BLE001  # others see by its silence what it could not say
+            logger.warning("The worker could not sign off; it will be seen as silent: %s", exc)
 
-    async def _wait_idle(self, deadline: float) -> None:
-        while any(lane.active() for lane in self.lanes.values()):
+    def _stop_threads(self) -> None:
+        for lane in self.lanes.values():
+            lane.stop_threads(0.5)
+        for thread in list(self._overrun):
+            thread.join(_UNWINDING_SECONDS)
+        self.books.stop(5.0)
+
+    async def _hand_back(self, runs: Sequence[Run]) -> int:
+        """Queue again what this worker will not run any more, as if it had never been claimed."""
+        for run in runs:
+            if run.claim is None:
+                self._report_memory_lost(run)
+        mine = [run for run in runs if run.claim is not None]
+        given: list[Run] = []
+        if not mine:
+            return 0
+
+        def write(connection: Connection) -> None:
+            given[:] = [run for run in mine if _write_back(connection, run)]
+
+        try:
+            await asyncio.wait_for(self.books.async_call(write), _WRITING_SECONDS)
+        except Exception as exc:  # noqa: BLE001  # the database itself may be what is failing
+            logger.warning("%d task(s) could not be given back; they will be rescued: %s", len(mine), exc)
+            return 0
+        for run in mine:
+            self._let_go(run)
+        for run in given:
+            signals.emit(signals.TaskGivenBack(**run.facts(), reason="its worker is stopping"))
+        return len(given)
+
+    def _report_memory_lost(self, run: Run) -> None:
+        self._let_go(run)
+        logger.error("Task %r (%s) was in memory and its process is stopping: it is lost", run.name, run.id)
+        signals.emit(signals.TasksLost(tasks=(run.name,), lines=("the runner stopped",)))
+
+    async def _wait_idle(self, seconds: float) -> None:
+        """Wait until nothing runs, waits, or is about to be committed."""
+        changed = self._changed_on_loop
+        assert changed is not None  # noqa: S101  # made by stop
+        deadline = time.monotonic() + seconds
+        while not all(lane.is_idle for lane in self.lanes.values()):
             left = deadline - time.monotonic()
             if left <= 0:
                 return
-            # In memory nothing may wait in a closed lane, so only what is active counts.
-            await asyncio.to_thread(self._wait_change, min(left, 0.5))
-
-    async def _wait_jobs(self) -> None:
-        while jobs := {job for job in self._jobs if not job.done()}:
-            await asyncio.wait(jobs)
-
-    def _wait_change(self, timeout: float) -> None:
-        with self._changed:
-            if any(lane.active() for lane in self.lanes.values()):
-                self._changed.wait(timeout)
+            changed.clear()
+            if all(lane.is_idle for lane in self.lanes.values()):
+                return
+            try:
+                await asyncio.wait_for(changed.wait(), left)
+            except TimeoutError:
+                return
 
     # --- taking work --------------------------------------------------------------------------------------------
 
@@ -206,15 +244,18 @@ class Runner:
         """Whether tasks of *pool* run in this process."""
         return pool in self.lanes
 
+    def names(self) -> list[str]:
+        """The durable tasks that this process knows, by every name."""
+        return [name for name, task in list(self.tasks.items()) if task.settings.durable]
+
     def reserve(self, run: Run) -> bool:
         """Take a place for a task that is about to be committed: then it is born claimed."""
         lane = self.lanes.get(run.pool)
-        if lane is None or (run.claim is not None and not self._durable):
+        if lane is None or (run.claim is not None and not self.is_durable):
             return False
         if not lane.reserve(urgent=run.claim is None):
             return False
-        run.on_progress = self._progressed
-        self._held[run.id] = run
+        self.held[run.id] = run
         return True
 
     def release(self, run: Run) -> None:
@@ -222,7 +263,7 @@ class Runner:
 
         If the answer of its COMMIT was lost, the record may stand and say that we run it: the next heartbeat sees it.
         """
-        if self._held.pop(run.id, None) is not None:
+        if self.held.pop(run.id, None) is not None:
             self.lanes[run.pool].release()
             self._lane_changed(self.lanes[run.pool])
 
@@ -232,11 +273,17 @@ class Runner:
         if lane is None:
             return False
         run.on_progress = self._progressed
-        self._held[run.id] = run
-        if lane.submit(run, reserved=reserved):
-            return True
+        run.on_deadline = self.rounds.watch
+        self.held[run.id] = run
+        try:
+            if lane.submit(run, reserved=reserved):
+                return True
+        except RuntimeError:
+            # No thread can be started, or the loop is closed. The commit that brought us here is done, and right.
+            logger.exception("Task %r (%s) could not be started here; it is queued again", run.name, run.id)
+            lane.abandon(run)
         # The runner stopped between the commit and now.
-        self._held.pop(run.id, None)
+        self.held.pop(run.id, None)
         claim = run.claim
         if claim is not None and self.books.is_alive:
             self.books.submit(lambda c: moves.give_back(c, claim, None, at="", delay=0.0, refund=True))
@@ -245,25 +292,70 @@ class Runner:
     def expect(self, pool: str) -> None:
         """Look into the database soon: something of *pool* was queued."""
         lane = self.lanes.get(pool)
-        if lane is not None and self._durable:
-            lane.has_queued = True
+        if lane is None or not self.is_durable:
+            self.herald.tell(pool)
+            return
+        lane.expect()
+        if lane.is_full or lane.is_paused:
+            self.herald.tell(pool)
+        else:
             self.books.wake()
 
     def settle(self, check: Callable[[], bool]) -> None:
         """Call *check* again and again, soon, until it returns True."""
-        self._settling.append(check)
+        self.settling.append(check)
         self.books.wake()
+
+    def cancelled(self, id: UUID) -> None:
+        """End a run whose record was cancelled, if it is held here; others see it by their heartbeats."""
+        run = self.held.get(id)
+        if run is None or run.claim is None:
+            return
+        if self.lanes[run.pool].withdraw(run):
+            self._let_go(run)
+        else:
+            self.stop_run(run, run.lost())
+
+    def look(self) -> None:
+        """Find out soon what was paused and resumed."""
+        self.rounds.look()
+
+    def _heard(self, news: notifying.News) -> None:
+        if news.look:
+            self.rounds.look()
+        for pool in news.pools.intersection(self.lanes):
+            self.lanes[pool].expect()
+            self.books.wake()
+
+    def set_paused(self, lane: Lane, *, paused: bool) -> None:
+        """Follow what the database says of a pool; on the bookkeeping thread."""
+        if paused and not lane.is_paused:
+            for run in lane.pause():
+                claim = run.claim
+                assert claim is not None  # noqa: S101  # those in memory stay
+
+                def write(connection: Connection, *, claim: moves.Claim = claim) -> bool:
+                    return moves.give_back(connection, claim, None, at="", delay=0.0, refund=True)
+
+                self.books.execute(write)
+                self._let_go(run)
+        elif lane.is_paused and not paused:
+            lane.resume()
 
     # --- running ------------------------------------------------------------------------------------------------
 
     def _work_sync(self, run: Run) -> None:
         try:
-            run_sync(run, self, self._stop_now)
+            run_sync(run, self, ask_first=self.rounds.was_silent)
+        except BaseException:
+            self.leave(run)
+            raise
         finally:
-            self._let_go(run)
+            if not run.is_taken_over:
+                self._let_go(run)
 
     def _start_async(self, run: Run) -> None:
-        loop = self._loop
+        loop = self.loop
         assert loop is not None  # noqa: S101  # set at the start
         try:
             running = asyncio.get_running_loop()
@@ -275,35 +367,73 @@ class Runner:
             loop.call_soon_threadsafe(self._spawn, run, context=contextvars.Context())
 
     def _spawn(self, run: Run) -> None:
-        assert self._loop is not None  # noqa: S101  # set at the start
+        assert self.loop is not None  # noqa: S101  # set at the start
         # A context of its own: nothing of the request crosses by way of context variables.
-        job = self._loop.create_task(
+        run.job = self.loop.create_task(
             self._work_async(run), name=f"aftercommit:{run.name}", context=contextvars.Context()
         )
-        run.job = job
-        self._jobs.add(job)
-        job.add_done_callback(self._jobs.discard)
 
     async def _work_async(self, run: Run) -> None:
         try:
-            await run_async(run, self)
+            await run_async(run, self, ask_first=self.rounds.was_silent)
         except asyncio.CancelledError:
             # The run has been settled; a cancellation that came while it was is not for us to pass on.
             pass
         except Exception:
+            self.leave(run)
             logger.exception("The run of task %r (%s) ended in an error of the library", run.name, run.id)
         finally:
-            self._let_go(run)
+            if not run.is_taken_over:
+                self._let_go(run)
             following = self.lanes[run.pool].finished(run)
             if following is not None:
-                if following.task.is_async:
-                    self._spawn(following)
-                else:
-                    self.lanes[run.pool].start(following)
+                self.lanes[run.pool].start(following)
+
+    def leave(self, run: Run) -> None:
+        """Remember a run whose end could not be recorded: its record is put right by a heartbeat."""
+        if run.claim is not None:
+            self.rounds.leave(run)
+
+    def stop_run(self, run: Run, error: Exception) -> None:
+        """Have *run* end, because of *error*: an async one at once, a thread at its next statement or commit."""
+        if run.is_finishing or is_lost(run):
+            return
+        run.stop_with(error)
+        job, loop = run.job, self.loop
+        if job is not None and loop is not None:
+            loop.call_soon_threadsafe(job.cancel)
+
+    def replace_thread(self, run: Run) -> None:
+        """Give up on a ``def`` task whose time is over: record that, and give its place and its connection to others.
+
+        On a thread for this alone, because ``on_failure`` is the user's code.
+        """
+        run.is_taken_over = True
+        logger.error(
+            "Task %r (%s) is still running %s s after its time was over: its thread is left to itself, and can commit "
+            "nothing", run.name, run.id, OVERRUN_SECONDS,
+        )  # fmt: skip
+        _take_connection(run, is_sqlite=self.sessions.pools.is_sqlite)
+        self.lanes[run.pool].abandon(run)
+        thread = threading.Thread(target=self._record_overrun, args=(run,), name="aftercommit-overrun", daemon=True)
+        self._overrun.add(thread)
+        thread.start()
+
+    def _record_overrun(self, run: Run) -> None:
+        error = run.abandoned if isinstance(run.abandoned, TaskTimeout) else run.overdue()
+        try:
+            end(run, error, judge(run, error), self)
+            # What it was given is still used by the thread that hangs, so the run is not closed.
+            self.held.pop(run.id, None)
+        finally:
+            self._overrun.discard(threading.current_thread())
 
     def _let_go(self, run: Run) -> None:
-        self._held.pop(run.id, None)
-        if run.id in self._progressing:
+        if self.held.get(run.id) is run:
+            # The record may have been queued and claimed again by now, and the new run is held under the same id.
+            del self.held[run.id]
+        run.close()
+        if run.id in self.progressing:
             self.books.wake()
 
     def _lane_changed(self, lane: Lane) -> None:
@@ -311,220 +441,28 @@ class Runner:
             self.books.wake()
         with self._changed:
             self._changed.notify_all()
+        if self._changed_on_loop is not None and self.loop is not None and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(self._changed_on_loop.set)
 
     def _progressed(self, run: Run) -> None:
-        if run.claim is not None and run.id not in self._progressing:
-            self._progressing[run.id] = run
+        if run.claim is not None and run.id not in self.progressing:
+            self.progressing[run.id] = run
             self.books.wake()
-
-    # --- the bookkeeping thread's rounds ------------------------------------------------------------------------
-
-    def _round(self) -> float:
-        now = time.monotonic()
-        self._check_loop(now)
-        self._settling = [check for check in self._settling if not check()]
-        if not self._durable:
-            return _SETTLE_SECONDS if self._settling else 1.0
-        try:
-            self._work_round(now)
-        except Exception as exc:
-            self._database_is_down(exc)
-            return 0.5
-        if self._is_down:
-            self._is_down = False
-            logger.warning("The database answers again")
-        due = [self._next_beat, self._next_poll, self._next_prune]
-        if self._progressing:
-            due.append(self._next_progress)
-        if self._settling:
-            due.append(time.monotonic() + _SETTLE_SECONDS)
-        return max(0.0, min(due) - time.monotonic())
-
-    def _work_round(self, now: float) -> None:
-        if now >= self._next_beat:
-            self._beat()
-            self._next_beat = time.monotonic() + self._pace.heartbeat
-        if now >= self._next_poll:
-            self._poll()
-        for lane in self.lanes.values():
-            if lane.has_queued:
-                self._claim(lane)
-        if self._progressing and now >= self._next_progress:
-            self._write_progress()
-            self._next_progress = time.monotonic() + _PROGRESS_SECONDS
-        if now >= self._next_prune:
-            self._prune()
-
-    def _database_is_down(self, error: BaseException) -> None:
-        if not self._is_down:
-            self._is_down = True
-            logger.error("The bookkeeping cannot reach the database; it tries again until it can", exc_info=error)
-
-    def _register(self, connection: Connection) -> None:
-        workers.register(
-            connection,
-            self.id,
-            host=socket.gethostname()[:255],
-            pid=os.getpid(),
-            pools=list(self.lanes),
-            names=sorted(self._names()),
-        )
-
-    def _beat(self) -> None:
-        late = time.monotonic() - self._last_beat
-        pulse = self.books.execute(
-            lambda c: workers.beat(c, self.id, silent_after=self._pace.silent_after), autocommit=True
-        )
-        held = dict(self._held)
-        self._last_beat = time.monotonic()
-        if pulse is None:
-            # We were silent for so long that our row was taken away, and with it what we ran.
-            self.books.execute(self._register)
-            return
-        orphans = pulse.running - held.keys()
-        if orphans:
-            released = self.books.execute(lambda c: workers.release_orphans(c, self.id, orphans))
-            if released:
-                logger.warning("%d task(s) said that this worker runs them and it did not; queued again", len(released))
-                for lane in self.lanes.values():
-                    lane.has_queued = True
-        self._abandon_lost(pulse.running, held)
-        # A worker that was silent itself does not judge others: their heartbeats may have waited for the same lock.
-        if pulse.has_silent and late < self._pace.silent_after / 2:
-            self._rescue()
-
-    def _abandon_lost(self, running: frozenset[UUID], held: dict[UUID, Run]) -> None:
-        """End runs whose record is no longer ours; twice seen, because a commit may be on its way."""
-        missing = {id for id, run in held.items() if run.claim is not None and run.started and id not in running}
-        for id in missing & self._suspects:
-            run = held[id]
-            if run.is_finishing or isinstance(run.abandoned, LostClaim):
-                continue
-            run.abandoned = run.lost()
-            job, loop = run.job, self._loop
-            if job is not None and loop is not None:
-                loop.call_soon_threadsafe(job.cancel)
-        self._suspects = missing
-
-    def _rescue(self) -> None:
-        rescued = self.books.execute(lambda c: workers.rescue(c, silent_after=self._pace.silent_after))
-        if rescued:
-            logger.warning("%d task(s) of silent workers were queued again", len(rescued))
-            signals.emit(signals.TasksRescued(requeued=tuple(rescued), failed=()))
-            for lane in self.lanes.values():
-                lane.has_queued = True
-
-    def _poll(self) -> None:
-        names = self._names()
-        due = self.books.execute(lambda c: moves.next_due(c, names=names), autocommit=True)
-        following = self._pace.poll
-        for name, lane in self.lanes.items():
-            seconds = due.get(name)
-            lane.is_paused = name in due and seconds is None
-            if seconds is None:
-                continue
-            if seconds <= 0:
-                lane.has_queued = True
-            else:
-                following = min(following, seconds)
-        self._next_poll = time.monotonic() + following
-
-    def _claim(self, lane: Lane) -> None:
-        count = lane.capacity()
-        if not count:
-            return
-        names = self._names(lane.name)
-        claimed = self.books.execute(
-            lambda c: moves.claim(c, pool=lane.name, names=names, worker=self.id, count=count), autocommit=True
-        )
-        if len(claimed) < count:
-            lane.has_queued = False
-            # What is due later is seen by the poll that follows.
-            self._next_poll = min(self._next_poll, time.monotonic()) if not claimed else self._next_poll
-        for each in claimed:
-            task = self._tasks[each.task]
-            run = Run(
-                task=task,
-                id=each.claim.id,
-                claim=each.claim,
-                attempt=each.claim.attempt,
-                max_attempts=each.max_attempts,
-                arguments=each.arguments,
-                context=each.context,
-                checkpoint=each.checkpoint,
-                waited=each.waited,
-            )
-            self.submit(run, reserved=False)
-
-    def _write_progress(self) -> None:
-        for run in list(self._progressing.values()):
-            session = run.session
-            is_sqlite = self.sessions.pools.is_sqlite
-            if is_sqlite and run.id in self._held and session is not None and session.in_transaction():
-                # It holds the write lock, or will: it writes its progress itself, with its next commit.
-                continue
-            del self._progressing[run.id]
-            progress = run.current.take_progress()
-            if progress is not None:
-                done, total = progress
-                self.books.execute(lambda c, run=run: moves.set_progress(c, run.id, done, total))  # type: ignore[misc]
-
-    def _prune(self) -> None:
-        self._next_prune = time.monotonic() + self._pace.prune_every
-        keep = self._pace.keep
-        if keep is None:
-            return
-        pruned = self.books.execute(lambda c: workers.prune(c, keep=keep))
-        if pruned >= 1000:  # noqa: PLR2004  # a full piece: there is more
-            self._next_prune = time.monotonic() + 1.0
-
-    def _names(self, pool: str | None = None) -> list[str]:
-        return [
-            name
-            for name, task in list(self._tasks.items())
-            if task.settings.durable and task.settings.pool in self.lanes and pool in (None, task.settings.pool)
-        ]
-
-    # --- the event loop's pulse ---------------------------------------------------------------------------------
-
-    def _check_loop(self, now: float) -> None:
-        """Report an event loop that does not turn: heartbeats go on without it, but its tasks do not."""
-        loop = self._loop
-        if loop is None or loop.is_closed():
-            return
-        if self._loop_asked and now - self._loop_seen > self._pace.heartbeat:
-            names = tuple(sorted({run.name for run in list(self._held.values()) if run.task.is_async and run.started}))
-            logger.warning(
-                "The event loop has not turned for %.1f s; running on it: %s. Something computes or waits without "
-                "await: make it a `def` task, or await it.", now - self._loop_seen, ", ".join(names) or "no tasks",
-            )  # fmt: skip
-            signals.emit(signals.LoopBlocked(seconds=now - self._loop_seen, tasks=names))
-            self._loop_seen = now
-        elif not self._loop_asked:
-            self._loop_asked = True
-            self._loop_seen = now
-            try:
-                loop.call_soon_threadsafe(self._loop_turned)
-            except RuntimeError:
-                self._loop_asked = False
-
-    def _loop_turned(self) -> None:
-        self._loop_asked = False
 
     # --- waiting ------------------------------------------------------------------------------------------------
 
     def is_drained(self) -> bool:
         """Whether nothing that is due is left, here or anywhere; not from the event loop."""
-        if not all(lane.is_idle for lane in self.lanes.values()) or self._settling:
+        if not all(lane.is_idle for lane in self.lanes.values()) or self.settling:
             return False
-        return not self._durable or self.books.call(self._nothing_due)
+        return not self.is_durable or self.books.call(self._nothing_due)
 
     def _nothing_due(self, connection: Connection) -> bool:
-        due = moves.next_due(connection, names=self._names())
+        due = moves.next_due(connection, names=self.names())
         waiting = [pool for pool, seconds in due.items() if seconds is not None and seconds <= 0 and pool in self.lanes]
         for pool in waiting:
-            self.lanes[pool].has_queued = True
-        return not waiting and not moves.any_running(connection, names=self._names())
+            self.lanes[pool].expect()
+        return not waiting and not moves.any_running(connection, names=self.names())
 
     def refuse_own_loop(self) -> None:
         """Raise where waiting would keep the very tasks that are waited for from running."""
@@ -532,7 +470,7 @@ class Runner:
             running = asyncio.get_running_loop()
         except RuntimeError:
             return
-        if running is self._loop:
+        if running is self.loop:
             raise ConfigurationError(
                 "db.drain() on the event loop that runs the tasks would wait for itself. Write await db.async_drain()."
             )
@@ -547,7 +485,7 @@ class Runner:
         while not self.is_drained():
             left = deadline - time.monotonic()
             if left <= 0:
-                names = sorted({run.name for run in list(self._held.values())})
+                names = sorted({run.name for run in list(self.held.values())})
                 raise TimeoutError(
                     f"After {timeout} s there are still tasks running or due"
                     + (f": {', '.join(names)}." if names else ".")
@@ -556,3 +494,32 @@ class Runner:
             self.books.wake()
             with self._changed:
                 self._changed.wait(min(left, 0.05))
+
+
+def _write_back(connection: Connection, run: Run) -> bool:
+    """Queue it again; one that may begin only once, and has, fails instead."""
+    assert run.claim is not None  # noqa: S101  # those in memory cannot be queued
+    if run.started and run.task.settings.retry.attempts == 1:
+        moves.fail(connection, run.claim, failure_of(run.interrupted()), at=now())
+        return False
+    return moves.give_back(connection, run.claim, None, at="", delay=0.0, refund=True)
+
+
+def _take_connection(run: Run, *, is_sqlite: bool) -> None:
+    """Take the connection from a run that hangs: the pool opens another, and nobody waits for what it has locked.
+
+    Best effort: on PostgreSQL the server's own time limits end the transaction. SQLite has no server, and the write
+    lock is everybody's; its driver allows a roll-back from another thread, and the run's next statement is refused.
+    """
+    connection = run.connection
+    if connection is None:
+        return
+    try:
+        driver = connection.connection.driver_connection
+        if is_sqlite and driver is not None:
+            driver.interrupt()
+            driver.rollback()
+        else:
+            connection.detach()
+    except Exception:  # whatever state it is in, the run is fenced off anyway
+        logger.debug("The connection of a run that hangs could not be taken", exc_info=True)

@@ -8,6 +8,7 @@ import threading
 from typing import TYPE_CHECKING, Protocol
 
 from aftercommit.errors import ConfigurationError
+from aftercommit.runner.listening import Herald
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
     from aftercommit.runner.outbox import Outbox
     from aftercommit.runner.runner import Runner
+    from aftercommit.sessions import SessionFactory
 
 __all__ = ["Running"]
 
@@ -23,6 +25,7 @@ class _Home(Protocol):
     """What a runner needs of its ``Database``."""
 
     outbox: Outbox
+    sessions: SessionFactory
 
     def new_runner(self, pools: Sequence[str]) -> Runner:
         """Make one."""
@@ -49,6 +52,7 @@ class Running:
         self._grace = grace
         self._create_tables = create_tables
         self._runner: Runner | None = None
+        self._herald: Herald | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -56,8 +60,11 @@ class Running:
         """Start."""
         outbox = self._home.outbox
         durable = await self._home.prepare_tables(create=self._create_tables)
-        if outbox.started is not None or not self.pools:
-            # Replaced by a test, or told to hand over only.
+        if outbox.started is not None:
+            # Replaced by a test.
+            return
+        if not self.pools:
+            self._hand_over_only(durable=durable)
             return
         if outbox.runner is not None:
             raise ConfigurationError(
@@ -75,6 +82,10 @@ class Running:
 
     async def __aexit__(self, *_: object) -> None:
         """Stop in order."""
+        herald, self._herald = self._herald, None
+        if herald is not None:
+            self._home.outbox.herald = None
+            await asyncio.to_thread(herald.stop)
         runner, self._runner = self._runner, None
         if runner is None:
             return
@@ -82,6 +93,13 @@ class Running:
             await runner.stop(grace=self._grace)
         finally:
             self._home.outbox.runner = None
+
+    def _hand_over_only(self, *, durable: bool) -> None:
+        """Tell other processes of what is queued here; they would find it by polling, only later."""
+        if durable and self._home.outbox.herald is None:
+            herald = Herald(None, self._home.sessions.pools)
+            herald.start()
+            self._herald = self._home.outbox.herald = herald
 
     def __enter__(self) -> None:
         """Start, with an event loop on a thread of its own for async tasks."""

@@ -39,6 +39,7 @@ class CurrentRun:
         "restored",
         "saw_conflict",
         "saw_unique",
+        "stopped_by",
     )
 
     def __init__(
@@ -56,6 +57,7 @@ class CurrentRun:
         self.restored = restored
         self.saw_unique = False
         self.saw_conflict = False
+        self.stopped_by: Exception | None = None
         self._checkpoint: str | None = None
         self._progress: tuple[int, int | None] | None = None
         self._on_progress = on_progress
@@ -107,6 +109,10 @@ class CurrentRun:
                 "Save plain numbers, strings, lists and dictionaries, such as the last id that is done."
             )
         self._checkpoint = text
+
+    def forget(self) -> None:
+        """Let go of the runner: a connection's context may keep this object for as long as the connection lives."""
+        self._on_progress = None
 
     def take_checkpoint(self) -> str | None:
         """Hand out the value to be saved with this commit, once, as JSON text."""

@@ -1,0 +1,390 @@
+"""What the bookkeeping thread does between its jobs: the heartbeat, looking for work, rescue, progress, pruning.
+
+All of it on the one connection that is nobody else's, so that neither a blocked event loop nor a full pool nor a
+task that hangs can hold it up.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from aftercommit import signals
+from aftercommit.errors import LostClaim
+from aftercommit.records import moves, workers
+from aftercommit.runner.run import Run
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from sqlalchemy import Connection
+
+    from aftercommit.runner.lanes import Lane
+    from aftercommit.runner.runner import Runner
+
+__all__ = ["Pace", "Rounds"]
+
+logger = logging.getLogger(__name__)
+
+_SETTLE_SECONDS: Final = 0.002
+_PROGRESS_SECONDS: Final = 0.3
+_PULSE_SECONDS: Final = 1.0
+OVERRUN_SECONDS: Final = 1.0
+"""For which a ``def`` task that has been told that its time is over may go on, before its place is given to others."""
+_PRUNED_AT_ONCE: Final = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pace:
+    """How often the runner looks around.
+
+    Attributes:
+        heartbeat: Seconds between heartbeats.
+        silent_after: Seconds without one after which a worker's tasks are given to others.
+        poll: Seconds between looks for tasks of other processes, when idle.
+        poll_listening: The same, while LISTEN works.
+        keep: Seconds for which finished records are kept, or None for ever.
+        prune_every: Seconds between prunings.
+    """
+
+    heartbeat: float = 5.0
+    silent_after: float = 30.0
+    poll: float = 2.0
+    poll_listening: float = 10.0
+    keep: float | None = 7 * 24 * 3600.0
+    prune_every: float = 60.0
+
+
+class Rounds:
+    """The rounds of one runner. Everything here runs on the bookkeeping thread, unless it says otherwise.
+
+    Args:
+        runner: Whose.
+        pace: How often.
+    """
+
+    def __init__(self, runner: Runner, pace: Pace) -> None:
+        self._runner = runner
+        self._pace = pace
+        self._suspects: set[UUID] = set()
+        self._left: set[UUID] = set()
+        self._next_beat = 0.0
+        self._next_poll = 0.0
+        self._next_prune = 0.0
+        self._next_progress = 0.0
+        self._fruitless = 0
+        self._wakes_at = 0.0
+        self._last_beat = time.monotonic()
+        self._loop_seen = time.monotonic()
+        self._loop_asked = False
+        self._is_down = False
+
+    # --- from any thread ----------------------------------------------------------------------------------------
+
+    @property
+    def was_silent(self) -> bool:
+        """Whether the last heartbeat is so old that others may have taken what this worker holds."""
+        return time.monotonic() - self._last_beat > self._pace.silent_after
+
+    def leave(self, run: Run) -> None:
+        """Remember a run that has begun, and whose end could not be recorded: its attempt counts."""
+        self._left.add(run.id)
+
+    def watch(self, run: Run) -> None:
+        """Look at a run with a time limit in time."""
+        if run.deadline is not None and run.deadline < self._wakes_at:
+            self._runner.books.wake()
+
+    def look(self) -> None:
+        """Poll soon."""
+        self._next_poll = 0.0
+        self._runner.books.wake()
+
+    # --- one round ----------------------------------------------------------------------------------------------
+
+    def make(self) -> float:
+        """Do what is due; return the seconds until something is again."""
+        runner = self._runner
+        now = time.monotonic()
+        # A time limit that is set while this goes on wakes us again.
+        self._wakes_at = float("inf")
+        self._check_loop(now)
+        deadline = self._end_overdue(now)
+        for _ in range(len(runner.settling)):
+            check = runner.settling.popleft()
+            if not check():
+                runner.settling.append(check)
+        due = [now + _PULSE_SECONDS * 10 if deadline is None else deadline]
+        if runner.settling:
+            due.append(now + _SETTLE_SECONDS)
+        if runner.is_durable:
+            try:
+                self._work(now)
+            except Exception as exc:  # noqa: BLE001  # whatever it is, the thread and its heartbeat go on
+                self._note_down(exc)
+                due.append(time.monotonic() + 0.5)
+            else:
+                self._note_up()
+                due += self._following()
+        if self._loop_asked:
+            due.append(now + _PULSE_SECONDS)
+        self._wakes_at = min(due)
+        return max(0.0, self._wakes_at - time.monotonic())
+
+    def _work(self, now: float) -> None:
+        runner = self._runner
+        if now >= self._next_beat:
+            self._beat()
+            self._next_beat = time.monotonic() + self._pace.heartbeat
+        if now >= self._next_poll:
+            self._poll()
+        for lane in runner.lanes.values():
+            if lane.has_queued:
+                self._claim(lane)
+        if runner.progressing and now >= self._next_progress:
+            self._write_progress()
+            self._next_progress = time.monotonic() + _PROGRESS_SECONDS
+        if runner.herald.due() == 0.0:
+            runner.herald.send()
+        if now >= self._next_prune:
+            self._prune()
+
+    def _following(self) -> list[float]:
+        due = [self._next_beat, self._next_poll, self._next_prune]
+        if self._runner.progressing:
+            due.append(self._next_progress)
+        news = self._runner.herald.due()
+        if news is not None:
+            due.append(time.monotonic() + news)
+        return due
+
+    def _note_down(self, error: BaseException) -> None:
+        if not self._is_down:
+            self._is_down = True
+            logger.error("The bookkeeping cannot work on the database; it tries again until it can", exc_info=error)
+
+    def _note_up(self) -> None:
+        if self._is_down:
+            self._is_down = False
+            logger.warning("The database answers again")
+            # What happened meanwhile, nobody told us.
+            for lane in self._runner.lanes.values():
+                lane.expect()
+
+    # --- the heartbeat ------------------------------------------------------------------------------------------
+
+    def register(self, connection: Connection) -> None:
+        """Enter this process among the workers."""
+        runner = self._runner
+        workers.register(
+            connection,
+            runner.id,
+            host=socket.gethostname()[:255],
+            pid=os.getpid(),
+            pools=list(runner.lanes),
+            names=sorted(runner.names()),
+        )
+        self._next_beat = time.monotonic() + self._pace.heartbeat
+
+    def _beat(self) -> None:
+        runner = self._runner
+        late = time.monotonic() - self._last_beat
+        pulse = runner.books.execute(
+            lambda c: workers.beat(c, runner.id, silent_after=self._pace.silent_after), autocommit=True
+        )
+        # After the look, so that nothing that was taken before it is missing here.
+        held = dict(runner.held)
+        self._last_beat = time.monotonic()
+        if pulse is None:
+            # We were silent for so long that our row was taken away, and with it what we ran.
+            runner.books.execute(self.register)
+            pulse = workers.Pulse(running=frozenset(), has_silent=False)
+        self._release_orphans(pulse.running - held.keys())
+        self._stop_lost(pulse.running, held)
+        # A worker that was silent itself does not judge others: their heartbeats may have waited for the same lock.
+        if pulse.has_silent and late < self._pace.silent_after / 2:
+            self._rescue()
+
+    def _release_orphans(self, orphans: frozenset[UUID]) -> None:
+        runner = self._runner
+        # Those that have begun count: or what cannot be recorded would be run for ever.
+        for refund, records in ((True, orphans - self._left), (False, orphans & self._left)):
+            if not records:
+                continue
+
+            def release(connection: Connection, *, records: frozenset[UUID] = records, refund: bool = refund) -> int:
+                return len(workers.release_orphans(connection, runner.id, records, refund=refund))
+
+            released = runner.books.execute(release)
+            if released:
+                logger.warning("%d task(s) said that this worker runs them and it did not; queued again", released)
+                for lane in runner.lanes.values():
+                    lane.expect()
+        self._left &= orphans
+
+    def _stop_lost(self, running: frozenset[UUID], held: dict[UUID, Run]) -> None:
+        """End runs whose record is no longer ours; twice seen, because a commit may be on its way."""
+        missing = {id for id, run in held.items() if run.claim is not None and run.started and id not in running}
+        for id in missing & self._suspects:
+            self._runner.stop_run(held[id], held[id].lost())
+        self._suspects = missing
+
+    def _rescue(self) -> None:
+        rescued = self._runner.books.execute(lambda c: workers.rescue(c, silent_after=self._pace.silent_after))
+        if rescued:
+            logger.warning("%d task(s) of silent workers were queued again", len(rescued))
+            signals.emit(signals.TasksRescued(requeued=tuple(rescued), failed=()))
+            for lane in self._runner.lanes.values():
+                lane.expect()
+
+    # --- looking for work ---------------------------------------------------------------------------------------
+
+    def _poll(self) -> None:
+        runner = self._runner
+        names = runner.names()
+        due = runner.books.execute(lambda c: moves.next_due(c, names=names), autocommit=True)
+        following = self._pace.poll_listening if runner.is_listening else self._pace.poll
+        if all(seconds is None or seconds > 0 for seconds in due.values()):
+            self._fruitless = 0
+        for name, lane in runner.lanes.items():
+            seconds = due.get(name)
+            runner.set_paused(lane, paused=name in due and seconds is None)
+            if seconds is None:
+                continue
+            if seconds <= 0:
+                lane.expect()
+            else:
+                following = min(following, seconds)
+        self._rehome({pool for pool, seconds in due.items() if seconds is not None})
+        self._next_poll = time.monotonic() + following
+
+    def _rehome(self, pools: set[str]) -> None:
+        """Take in tasks that were queued in a pool which an earlier release had: nobody else would ever run them."""
+        runner = self._runner
+        for old in pools.difference(runner.sessions.pools.names):
+            by_pool: dict[str, list[str]] = {}
+            for name in runner.names():
+                by_pool.setdefault(runner.tasks[name].settings.pool, []).append(name)
+            for new, names in by_pool.items():
+
+                def move(connection: Connection, *, new: str = new, names: list[str] = names, old: str = old) -> int:
+                    return moves.rehome(connection, old=old, new=new, names=names)
+
+                moved = runner.books.execute(move)
+                if moved:
+                    logger.warning("There is no pool %r any more: %d task(s) in it moved to %r", old, moved, new)
+                    runner.expect(new)
+
+    def _claim(self, lane: Lane) -> None:
+        count = lane.capacity()
+        if not count:
+            return
+        runner = self._runner
+        mark = lane.heard
+        names = runner.names()
+        claimed = runner.books.execute(
+            lambda c: moves.claim(c, pool=lane.name, names=names, worker=runner.id, count=count), autocommit=True
+        )
+        if len(claimed) < count:
+            lane.looked(mark)
+        if claimed:
+            self._fruitless = 0
+        else:
+            # Only a poll knows when what was queued for later is due. It may find again what cannot be taken, because
+            # others are taking it: each time it waits longer.
+            pause = min(self._pace.poll, 0.01 * 2**self._fruitless - 0.01)
+            self._next_poll = min(self._next_poll, time.monotonic() + pause)
+            self._fruitless = min(self._fruitless + 1, 10)
+        for each in claimed:
+            run = Run(
+                task=runner.tasks[each.task],
+                id=each.claim.id,
+                claim=each.claim,
+                attempt=each.claim.attempt,
+                max_attempts=each.max_attempts,
+                arguments=each.arguments,
+                context=each.context,
+                checkpoint=each.checkpoint,
+                waited=each.waited,
+                pool=lane.name,
+            )
+            runner.submit(run, reserved=False)
+
+    # --- progress, pruning --------------------------------------------------------------------------------------
+
+    def _write_progress(self) -> None:
+        runner = self._runner
+        for run in list(runner.progressing.values()):
+            session = run.session
+            if runner.sessions.pools.is_sqlite and session is not None and session.in_transaction():
+                # It holds the write lock, or will: it writes its progress itself, with its next commit.
+                continue
+            del runner.progressing[run.id]
+            progress = run.current.take_progress()
+            if progress is not None:
+                self._set_progress(run.id, *progress)
+
+    def _set_progress(self, id: UUID, done: int, total: int | None) -> None:
+        self._runner.books.execute(lambda connection: moves.set_progress(connection, id, done, total))
+
+    def _prune(self) -> None:
+        self._next_prune = time.monotonic() + self._pace.prune_every
+        keep = self._pace.keep
+        books = self._runner.books
+        books.execute(lambda c: workers.forget_silent(c, silent_after=self._pace.silent_after))
+        if keep is not None and books.execute(lambda c: workers.prune(c, keep=keep)) >= _PRUNED_AT_ONCE:
+            # A full piece: there is more.
+            self._next_prune = time.monotonic() + 1.0
+
+    # --- time limits, and the event loop's pulse ----------------------------------------------------------------
+
+    def _end_overdue(self, now: float) -> float | None:
+        """Tell ``def`` tasks that their time is over, and give up those that do not listen; return when to go on."""
+        following: float | None = None
+        for run in list(self._runner.held.values()):
+            deadline = run.deadline
+            if deadline is None or run.task.is_async or run.is_finishing or run.is_taken_over:
+                continue
+            if now >= deadline:
+                if run.abandoned is None:
+                    run.stop_with(run.overdue())
+                deadline += OVERRUN_SECONDS
+                if now >= deadline:
+                    self._runner.replace_thread(run)
+                    continue
+            following = deadline if following is None else min(following, deadline)
+        return following
+
+    def _check_loop(self, now: float) -> None:
+        """Report an event loop that does not turn: heartbeats go on without it, but its tasks do not."""
+        runner = self._runner
+        loop = runner.loop
+        if loop is None or loop.is_closed():
+            return
+        if self._loop_asked and now - self._loop_seen > self._pace.heartbeat:
+            names = tuple(sorted({run.name for run in list(runner.held.values()) if run.task.is_async and run.started}))
+            logger.warning(
+                "The event loop has not turned for %.1f s; running on it: %s. Something computes or waits without "
+                "await: make it a `def` task, or await it.", now - self._loop_seen, ", ".join(names) or "no tasks",
+            )  # fmt: skip
+            signals.emit(signals.LoopBlocked(seconds=now - self._loop_seen, tasks=names))
+            self._loop_seen = now
+        elif not self._loop_asked and now - self._loop_seen >= _PULSE_SECONDS:
+            self._loop_asked = True
+            self._loop_seen = now
+            try:
+                loop.call_soon_threadsafe(self._loop_turned)
+            except RuntimeError:
+                self._loop_asked = False
+
+    def _loop_turned(self) -> None:
+        self._loop_asked = False
+
+
+def is_lost(run: Run) -> bool:
+    """Whether a run has been told that its record is somebody else's."""
+    return isinstance(run.abandoned, LostClaim)
