@@ -3,6 +3,7 @@
 import os
 import shutil
 import socket
+from contextlib import suppress
 from pathlib import Path
 
 import uvicorn
@@ -55,8 +56,8 @@ def show_file(file_id: int, request: Request, session: SessionDep) -> Response:
         units, cents = func.sum(Order.quantity), func.sum(Order.cents).label("cents")
         query = select(column, func.count(), units, cents).where(Order.file_id == file_id).group_by(column)
         totals[title] = session.execute(query.order_by(cents.desc(), column).limit(10)).all()
-    record = session.get(TaskRecord, file.task_id)
-    return pages.TemplateResponse(request, "file.html", {"file": file, "record": record, "totals": totals})
+    context = {"file": file, "record": session.get(TaskRecord, file.task_id), "totals": totals}
+    return pages.TemplateResponse(request, "file.html", context)
 
 
 if __name__ == "__main__":
@@ -66,4 +67,5 @@ if __name__ == "__main__":
         print(f"{error.strerror}, so the demo takes another port. PORT=… chooses one.")
         server = socket.create_server(("127.0.0.1", 0))
     print(f"Orders on {db}: open http://127.0.0.1:{server.getsockname()[1]}", flush=True)
-    uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[server])
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[server])

@@ -3,7 +3,7 @@
 from itertools import islice
 
 from models import DATA, Order, OrderFile, db
-from reading import BadFile, OrderLine, read_lines
+from reading import BadFile, read_lines
 from sqlalchemy import delete, insert
 from sqlalchemy.orm import Session
 
@@ -31,13 +31,8 @@ def process_file(session: Session, file: OrderFile) -> None:
         source.seek(position)
         while lines := list(islice(read_lines(source, number), 1_000)):
             number = lines[-1][0]
-            refusals = [line for line in lines if isinstance(line[1], str)]
-            orders = [
-                {"file_id": file_id, "line": line, "cents": int(order.quantity * order.unit_price * 100)}
-                | order.model_dump(exclude={"unit_price"})
-                for line, order in lines
-                if isinstance(order, OrderLine)
-            ]
+            orders = [{"file_id": file_id, "line": at, **found} for at, found in lines if isinstance(found, dict)]
+            refusals = [[at, found] for at, found in lines if isinstance(found, str)]
             if orders:
                 session.execute(insert(Order), orders)
             file.orders += len(orders)
@@ -45,7 +40,8 @@ def process_file(session: Session, file: OrderFile) -> None:
             file.refused += len(refusals)
             file.refusals = [*file.refusals, *refusals][:100]
             if file.refused > file.orders:
-                raise BadFile("Most lines are not orders. Line {}: {}.".format(*file.refusals[0]))
+                first, why = file.refusals[0]
+                raise BadFile(f"Most lines are not orders. Line {first}: {why}.")
             run.checkpoint([source.tell(), number])
             run.progress(source.tell(), size)
             session.commit()
