@@ -15,6 +15,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import builtins
+import importlib
 import inspect
 import re
 import sys
@@ -144,7 +145,8 @@ def _execute(page: Page, block: Block, module: ModuleType, runner: asyncio.Runne
 
 
 def _error_class(name: str) -> type[BaseException]:
-    for place in (errors, builtins, sqlalchemy.exc):
+    module, _, name = name.rpartition(".")
+    for place in [importlib.import_module(module)] if module else (errors, builtins, sqlalchemy.exc):
         found = getattr(place, name, None)
         if isinstance(found, type) and issubclass(found, BaseException):
             return found
