@@ -4,7 +4,8 @@ The URL's driver decides which of the two ``make`` makes. ``Watch`` looks at eac
 """
 
 import os
-from collections.abc import AsyncIterator, Iterator
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Annotated, Any
 
@@ -72,12 +73,14 @@ class Shop:
         app: The application.
         url: The URL of its database, by a plain driver.
         heard: What endpoints and Starlette's background tasks had to say.
+        shipped: Called in the task, before its commit.
     """
 
     db: Database
     app: FastAPI
     url: str
     heard: list[str] = field(default_factory=list)
+    shipped: Callable[[str], None] = lambda _sku: None
 
     def onlooker(self) -> Any:
         """A connection that has nothing to do with the application."""
@@ -158,6 +161,7 @@ def _endpoints(shop: Shop) -> None:  # noqa: C901, PLR0915  # a list of endpoint
     def ship(session: Session, order: Order) -> None:
         order.state = "shipped"
         session.add(Effect(sku=order.sku, pid=os.getpid()))
+        shop.shipped(order.sku)
 
     def add(session: Session, after_commit: Any, sku: str) -> Order:
         order = Order(sku=sku)
@@ -274,6 +278,7 @@ def _async_endpoints(shop: Shop) -> None:  # noqa: C901, PLR0915  # a list of en
     async def ship(session: AsyncSession, order: Order) -> None:
         order.state = "shipped"
         session.add(Effect(sku=order.sku, pid=os.getpid()))
+        shop.shipped(order.sku)
 
     def add(session: AsyncSession, after_commit: Any, sku: str) -> Order:
         order = Order(sku=sku)
@@ -385,6 +390,13 @@ def _async_endpoints(shop: Shop) -> None:  # noqa: C901, PLR0915  # a list of en
         session.add(Effect(sku=sku, pid=os.getpid()))
 
 
+def _say_shipped(sku: str) -> None:
+    # One write: two processes share the pipe.
+    sys.stdout.write(f"shipped {sku}\n")
+
+
 def app() -> FastAPI:
     """Make the shop that the environment asks for: for uvicorn's ``--factory``."""
-    return make(os.environ["SHOP_URL"]).app
+    shop = make(os.environ["SHOP_URL"])
+    shop.shipped = _say_shipped
+    return shop.app
