@@ -4,14 +4,20 @@ What most users import. ``aftercommit.fastapi`` has the dependencies, ``aftercom
 ``aftercommit.errors`` every error.
 """
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
 from aftercommit import errors, signals
 from aftercommit.database import Database
 from aftercommit.errors import AfterCommitError
 from aftercommit.monitoring.logging import log_signals
 from aftercommit.pools import PoolSettings
-from aftercommit.records import TaskRecord
 from aftercommit.runner import TaskHandle
 from aftercommit.tasks import CurrentRun, Retry, Task, current_run
+
+if TYPE_CHECKING:
+    from aftercommit.records.tables import TaskRecord
 
 __all__ = [
     "AfterCommitError",
@@ -28,3 +34,13 @@ __all__ = [
 ]
 
 log_signals()
+
+
+def __getattr__(name: str) -> Any:
+    """Map the tables when somebody asks for them: it takes as long as importing all the rest."""
+    if name == "TaskRecord":
+        from aftercommit.records.tables import TaskRecord
+
+        globals()[name] = TaskRecord
+        return TaskRecord
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

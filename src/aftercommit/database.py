@@ -30,7 +30,7 @@ from aftercommit.pools.pools import BOOKKEEPING, REQUEST
 from aftercommit.pools.settings import check_isolation_level
 from aftercommit.pools.sqlite import IMMEDIATE
 from aftercommit.pools.urls import flavours, identity, is_sqlite, render
-from aftercommit.records import TaskRecord, moves, pausing, schema
+from aftercommit.records import moves, pausing, schema
 from aftercommit.records.ids import uuid7
 from aftercommit.runner import Outbox, Pace, Runner, TaskHandle, Wanted
 from aftercommit.runner.outbox import autocommits
@@ -402,9 +402,12 @@ class Database:
             TimeoutError: If something is left then.
             ConfigurationError: On the event loop that runs the tasks, where it could never end.
         """
+        if self.outbox.replaced_by is not None:
+            self.outbox.replaced_by.run()
+            return
         runner = self.outbox.runner
         if runner is None:
-            with self.running():
+            with self._running_to_drain():
                 self.drain(timeout)
             return
         runner.refuse_own_loop()
@@ -419,12 +422,24 @@ class Database:
         Raises:
             TimeoutError: If something is left then.
         """
+        if self.outbox.replaced_by is not None:
+            await self.outbox.replaced_by.async_run()
+            return
         runner = self.outbox.runner
         if runner is None:
-            async with self.running():
+            async with self._running_to_drain():
                 await self.async_drain(timeout)
             return
         await asyncio.to_thread(runner.drain, timeout)
+
+    def _running_to_drain(self) -> Running:
+        running = self.running()
+        if not running.pools:
+            raise ConfigurationError(
+                "Nothing can be drained: AFTERCOMMIT_RUNS=none says that this process runs no tasks. Unset it, or "
+                "drain in a process that runs them."
+            )
+        return running
 
     # --- by hand ------------------------------------------------------------------------------------------------
 
@@ -593,6 +608,8 @@ class Database:
 
     def _bind_of(self, session: Session) -> Engine | Connection:
         try:
+            from aftercommit.records.tables import TaskRecord
+
             bind = session.get_bind(TaskRecord)
         except UnboundExecutionError as exc:
             raise HandOverError(
@@ -604,6 +621,12 @@ class Database:
             raise HandOverError(
                 "This session commits in two phases, and a task could start before the second. Hand over with a plain "
                 "session."
+            )
+        if self.sessions.connection is not None and not isinstance(bind, Connection):
+            raise HandOverError(
+                "This session has an engine of its own, while the database is replaced by a test's connection: the "
+                "task's record, and what the session writes, would go to the real database. Bind the session to that "
+                "connection, or take one of db.session()."
             )
         engine = bind.engine
         known = self._ours.get(engine)

@@ -11,7 +11,8 @@ from rich.table import Table
 from sqlalchemy import case, func, select
 
 from aftercommit.cli.target import DatabaseOption, fail, in_session, load
-from aftercommit.records import PoolState, TaskRecord, WorkerRecord, pausing
+from aftercommit.records import pausing
+from aftercommit.records.tables import PoolState, TaskRecord, WorkerRecord
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

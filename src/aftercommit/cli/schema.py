@@ -9,8 +9,8 @@ from sqlalchemy import insert
 from sqlalchemy.schema import CreateIndex, CreateTable
 
 from aftercommit.cli.target import DatabaseOption, in_session, load
-from aftercommit.records import SCHEMA_VERSION, TaskRecord, create_tables, schema_problem
-from aftercommit.records.tables import AUTOVACUUM, SchemaRecord
+from aftercommit.records.schema import SCHEMA_VERSION, create_tables, schema_problem
+from aftercommit.records.tables import AUTOVACUUM, SchemaRecord, TaskRecord
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session

@@ -15,7 +15,8 @@ from rich.table import Table
 from sqlalchemy import Select, func, select
 
 from aftercommit.cli.target import DatabaseOption, fail, in_session, load
-from aftercommit.records import TaskRecord, moves
+from aftercommit.records import moves
+from aftercommit.records.tables import TaskRecord
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -6,8 +6,6 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import insert, inspect, select, text, update
 
-from aftercommit.records.tables import Base, SchemaRecord
-
 if TYPE_CHECKING:
     from sqlalchemy import Connection
 
@@ -23,6 +21,8 @@ def create_tables(connection: Connection) -> None:
 
     Several processes may do so at once: the second waits for the first.
     """
+    from aftercommit.records.tables import Base, SchemaRecord  # mapping them takes time that an import must not
+
     if connection.dialect.name == "postgresql":
         # Of the transaction, not of the session: a transaction pooler lets no other kind through.
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
@@ -36,6 +36,8 @@ def create_tables(connection: Connection) -> None:
 
 def schema_problem(connection: Connection) -> str | None:
     """Say what is wrong with our tables, or None."""
+    from aftercommit.records.tables import Base, SchemaRecord
+
     inspector = inspect(connection)
     missing = sorted(name for name in Base.metadata.tables if not inspector.has_table(name))
     if missing:

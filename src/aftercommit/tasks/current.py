@@ -7,8 +7,6 @@ import threading
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
-from pydantic_core import PydanticSerializationError, to_json
-
 from aftercommit.errors import HandOverError
 
 if TYPE_CHECKING:
@@ -99,9 +97,9 @@ class CurrentRun:
             HandOverError: If JSON would change it.
         """
         try:
-            text = to_json(value).decode()
+            text = json.dumps(value, allow_nan=False)
             back = json.loads(text)
-        except (PydanticSerializationError, UnicodeError, ValueError) as exc:
+        except (TypeError, ValueError) as exc:
             raise HandOverError(f"checkpoint({type(value).__name__}): JSON cannot carry this value: {exc}.") from exc
         if back != value:
             raise HandOverError(

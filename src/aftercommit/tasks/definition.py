@@ -7,19 +7,20 @@ import sys
 from collections.abc import Callable
 from copy import copy
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Final, Generic, ParamSpec, TypeVar, get_args, get_origin
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from aftercommit.errors import ConfigurationError, TaskDefinitionError
-from aftercommit.tasks.arguments import ArgumentPlan
 from aftercommit.tasks.options import Options
-from aftercommit.tasks.results import ResultPlan
 
 if TYPE_CHECKING:
     from datetime import datetime
 
+    from aftercommit.tasks.arguments import ArgumentPlan
+    from aftercommit.tasks.results import ResultPlan
     from aftercommit.tasks.retry import Retry
 
 __all__ = ["Task", "TaskSettings", "define"]
@@ -82,8 +83,6 @@ class Task(Generic[P, R_co]):
         self.takes = takes
         self.options = options or Options()
         self.is_async = inspect.iscoroutinefunction(function)
-        self.arguments = ArgumentPlan(function, task=settings.name, skip_first=takes is not None)
-        self.results = ResultPlan(function)
         self.__doc__ = function.__doc__
         self.__module__ = function.__module__
         self.__name__ = function.__name__
@@ -101,6 +100,19 @@ class Task(Generic[P, R_co]):
     def name(self) -> str:
         """What records call it."""
         return self.settings.name
+
+    @cached_property
+    def arguments(self) -> ArgumentPlan:
+        """How its arguments cross."""
+        # Pydantic takes as long to import as everything else here: whoever only declares tasks does without.
+
+        return ArgumentPlan(self.function, task=self.name, skip_first=self.takes is not None)
+
+    @cached_property
+    def results(self) -> ResultPlan:
+        """How its result is kept."""
+
+        return ResultPlan(self.function)
 
     def with_options(
         self,
