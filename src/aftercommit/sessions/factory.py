@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import Connection, Engine
@@ -51,6 +50,17 @@ class SessionFactory:
                     f"session_options[{option!r}]: sessions are bound to their pool, and begin by themselves. Leave "
                     "it out."
                 )
+        for wanted, given in ((Session, session_class), (AsyncSession, async_session_class)):
+            if not (isinstance(given, type) and issubclass(given, wanted)):
+                name = "session_class" if wanted is Session else "async_session_class"
+                raise ConfigurationError(
+                    f"{name}={given!r} is no subclass of {wanted.__name__}. Pass a class, not a maker."
+                )
+            try:
+                # Not bound, not connected: only to hear now of an option that no session could be made with.
+                given(**options)
+            except TypeError as exc:
+                raise ConfigurationError(f"session_options: no {given.__name__} can be made with them: {exc}.") from exc
         self.pools = pools
         self.connection = connection
         self.session_class = session_class
@@ -59,9 +69,8 @@ class SessionFactory:
         # Whatever the user prefers elsewhere: after a commit in the middle of a task, `row.n += 1` on a value that
         # was not expired loses an update that no isolation level can see.
         self._task_options = {**self._options, "expire_on_commit": True}
-        self._lock = threading.Lock()
-        self._engines: dict[tuple[str, str | None], Engine] = {}
-        self._async_engines: dict[tuple[str, str | None], AsyncEngine] = {}
+        self._engines: dict[tuple[str, str | None], tuple[Engine, Engine]] = {}
+        self._async_engines: dict[tuple[str, str | None], tuple[AsyncEngine, AsyncEngine]] = {}
 
     @property
     def is_async_only(self) -> bool:
@@ -108,21 +117,21 @@ class SessionFactory:
         return AsyncScope(lambda: self.async_session_class(bind=bind, **self._joining(), **self._task_options), owner)
 
     def _engine(self, pool: str, level: str | None) -> Engine:
-        engine = self._engines.get((pool, level))
-        if engine is None:
-            with self._lock:
-                # Another view of the same pool: the level costs no round trip.
-                engine = self.pools[pool].engine.execution_options(**self._run_options(pool, level))
-                self._engines[pool, level] = engine
-        return engine
+        engine = self.pools[pool].engine
+        known, view = self._engines.get((pool, level), (None, None))
+        if view is None or known is not engine:
+            # Another view of the same pool: the level costs no round trip.
+            view = engine.execution_options(**self._run_options(pool, level))
+            self._engines[pool, level] = engine, view
+        return view
 
     def _async_engine(self, pool: str, level: str | None) -> AsyncEngine:
-        engine = self._async_engines.get((pool, level))
-        if engine is None:
-            with self._lock:
-                engine = self.pools[pool].async_engine.execution_options(**self._run_options(pool, level))
-                self._async_engines[pool, level] = engine
-        return engine
+        engine = self.pools[pool].async_engine
+        known, view = self._async_engines.get((pool, level), (None, None))
+        if view is None or known is not engine:
+            view = engine.execution_options(**self._run_options(pool, level))
+            self._async_engines[pool, level] = engine, view
+        return view
 
     def _run_options(self, pool: str, level: str | None) -> dict[str, Any]:
         if self.pools.is_sqlite:

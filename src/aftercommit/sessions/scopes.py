@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from aftercommit.sessions.ended import end_for_good
+from aftercommit.sessions.ended import end_for_good, explain_survivors
 from aftercommit.sessions.owner import OWNER, Owner
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ class Scope:
                 _roll_back(self.session)
         finally:
             try:
+                explain_survivors(self.session, self.owner)
                 self.session.close()
             finally:
                 end_for_good(self.session, self.owner)
@@ -120,6 +121,7 @@ class AsyncScope:
                     await session.run_sync(_roll_back)
             finally:
                 try:
+                    explain_survivors(session.sync_session, self.owner)
                     await session.close()
                 finally:
                     end_for_good(session, self.owner)
