@@ -156,3 +156,13 @@ class SessionFactory:
 
     def _joining(self) -> dict[str, Any]:
         return {} if self.connection is None else {"join_transaction_mode": "create_savepoint"}
+
+
+def _check_class(name: str, given: Any, wanted: type, options: Mapping[str, Any]) -> None:
+    if not (isinstance(given, type) and issubclass(given, wanted)):
+        raise ConfigurationError(f"{name}={given!r} is no subclass of {wanted.__name__}. Pass a class, not a maker.")
+    try:
+        # Not bound, not connected: only to hear now of an option with which no session could be made.
+        given(**options)
+    except TypeError as exc:
+        raise ConfigurationError(f"session_options: no {given.__name__} can be made with them: {exc}.") from exc
