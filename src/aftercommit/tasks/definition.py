@@ -105,14 +105,16 @@ class Task(Generic[P, R_co]):
     def arguments(self) -> ArgumentPlan:
         """How its arguments cross."""
         # Pydantic takes as long to import as everything else here: whoever only declares tasks does without.
+        from aftercommit.tasks import arguments as crossing
 
-        return ArgumentPlan(self.function, task=self.name, skip_first=self.takes is not None)
+        return crossing.ArgumentPlan(self.function, task=self.name, skip_first=self.takes is not None)
 
     @cached_property
     def results(self) -> ResultPlan:
         """How its result is kept."""
+        from aftercommit.tasks import results as keeping
 
-        return ResultPlan(self.function)
+        return keeping.ResultPlan(self.function)
 
     def with_options(
         self,
