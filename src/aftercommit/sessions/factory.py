@@ -50,17 +50,8 @@ class SessionFactory:
                     f"session_options[{option!r}]: sessions are bound to their pool, and begin by themselves. Leave "
                     "it out."
                 )
-        for wanted, given in ((Session, session_class), (AsyncSession, async_session_class)):
-            if not (isinstance(given, type) and issubclass(given, wanted)):
-                name = "session_class" if wanted is Session else "async_session_class"
-                raise ConfigurationError(
-                    f"{name}={given!r} is no subclass of {wanted.__name__}. Pass a class, not a maker."
-                )
-            try:
-                # Not bound, not connected: only to hear now of an option that no session could be made with.
-                given(**options)
-            except TypeError as exc:
-                raise ConfigurationError(f"session_options: no {given.__name__} can be made with them: {exc}.") from exc
+        _check_class("session_class", session_class, Session, options)
+        _check_class("async_session_class", async_session_class, AsyncSession, options)
         self.pools = pools
         self.connection = connection
         self.session_class = session_class
