@@ -389,7 +389,14 @@ class Database:
         return Running(self, self._runs(runs), grace=grace, create_tables=create_tables)
 
     def new_runner(self, pools: Sequence[str]) -> Runner:
-        """Make a runner for *pools*."""
+        """Make a runner for *pools*.
+
+        Raises:
+            TaskDefinitionError: If a task's annotations name what cannot cross: at the start, and not when it is asked
+                for.
+        """
+        for task in set(self._tasks.values()):
+            task.arguments.prepare()
         return Runner(self.sessions, self._tasks, pools, self._pace, notify_url=self._notify_url)
 
     def drain(self, timeout: float = 30.0) -> None:
