@@ -13,17 +13,22 @@ write to the real database. Here the ``Database`` itself is replaced.
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL, Connection, NullPool
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from aftercommit.errors import ConfigurationError
+from aftercommit.errors import ConfigurationError, LostClaim
+from aftercommit.pools import sqlite
 from aftercommit.records import moves, schema
 from aftercommit.records.ids import uuid7
-from aftercommit.runner.run import Run, failure_of, now
+from aftercommit.runner.ending import End, Gone, async_end, end
+from aftercommit.runner.run import Run
 from aftercommit.runner.shells import try_async, try_sync
 from aftercommit.sessions import simulate_commits
+from aftercommit.tasks.retry import GiveUp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -43,16 +48,18 @@ class PendingTask:
     Attributes:
         id: The record's id.
         name: The task's name.
-        task: The task.
+        task: The task, with the options it was handed over with.
+        arguments: What it will be called with, as JSON has it; rows by their identity.
     """
 
-    __slots__ = ("_entry", "id", "name", "task")
+    __slots__ = ("_entry", "arguments", "id", "name", "task")
 
     def __init__(self, entry: Wanted) -> None:
         self._entry = entry
         self.id: UUID = entry.id
         self.name: str = entry.name
         self.task: Task[Any, Any] = entry.task
+        self.arguments: Any = json.loads(entry.arguments)
 
     def __repr__(self) -> str:
         """Name and id."""
@@ -71,6 +78,7 @@ class Tasks:
         self._db = db
         self._worker = uuid7()
         self._pending: list[PendingTask] = []
+        self.stopping = threading.Event()
 
     @property
     def pending(self) -> tuple[PendingTask, ...]:
@@ -80,17 +88,25 @@ class Tasks:
     def run(self) -> int:
         """Run all that is pending, here, and what that asks for in turn; return how many ran.
 
-        Raises:
-            Exception: What a task raises; its record says ``failed``, and the rest stays pending.
-        """
-        return self._count(self._run_next)
+        In the order in which they were committed, delayed ones too: a test does not wait. Each is tried once.
 
-    async def async_run(self) -> int:
-        """Run all that is pending, on this event loop, and what that asks for in turn; return how many ran."""
+        Raises:
+            Exception: What a task raises; its record says ``failed``, its ``on_failure`` was called, and the rest
+                stays pending.
+        """
         count = 0
         while self._pending:
-            await self._async_run_next(self._pending.pop(0))
-            count += 1
+            count += self._run(self._pending[0])
+        return count
+
+    async def async_run(self) -> int:
+        """Run all that is pending, on this event loop, and what that asks for in turn; return how many ran.
+
+        Sync tasks run on a thread. Otherwise as ``run``.
+        """
+        count = 0
+        while self._pending:
+            count += await self._async_run(self._pending[0])
         return count
 
     def took(self, entries: Sequence[Wanted]) -> None:
@@ -117,72 +133,76 @@ class Tasks:
         """Run ``work(connection)`` in a transaction."""
         return await self._db.async_call_anyhow(work)
 
-    def _count(self, run_next: Callable[[PendingTask], None]) -> int:
-        count = 0
-        while self._pending:
-            run_next(self._pending.pop(0))
-            count += 1
-        return count
+    def leave(self, run: Run) -> None:
+        """Forget a run whose end could not be recorded: the test is over anyway."""
 
-    def _run_next(self, pending: PendingTask) -> None:
-        run = pending.as_run()
-        if run.task.is_async:
-            try:
-                asyncio.get_running_loop()
-            except RuntimeError:
-                pass
-            else:
-                self._pending.insert(0, pending)
-                raise ConfigurationError(
-                    f"Task {pending.name!r} is async, and tasks.run() was called on a running event loop. "
-                    "Write await tasks.async_run()."
-                )
-            if isinstance(self._db.sessions.connection, Connection):
-                self._pending.insert(0, pending)
-                raise ConfigurationError(
-                    f"Task {pending.name!r} is async, and the database is replaced by a Connection, which cannot serve "
-                    "it. Replace it with an AsyncConnection and write await tasks.async_run(), or with url=…."
-                )
+    def _run(self, pending: PendingTask) -> bool:
+        if pending.task.is_async:
+            self._refuse_loop(pending)
             with asyncio.Runner() as runner:
-                runner.run(self._async_run_next(pending))
-            return
+                return runner.run(self._async_run(pending))
+        run = self._taken(pending)
         if run.claim is not None and not self.call(self._claiming(run)):
-            return
+            return False
         error = try_sync(run, self)
         if error is not None:
-            if run.claim is not None:
-                self.call(self._failing(run, error))
+            end(run, error, _step_after(error), self)
             raise error
+        return True
 
-    async def _async_run_next(self, pending: PendingTask) -> None:
-        run = pending.as_run()
-        if not run.task.is_async:
-            if self._db.sessions.is_async_only and run.task.takes is not None:
-                self._db.sessions.scope("default", run.owner)
-            await asyncio.to_thread(self._run_next, pending)
-            return
+    async def _async_run(self, pending: PendingTask) -> bool:
+        if not pending.task.is_async:
+            if pending.task.takes is not None:
+                # Raises, if this flavour is not to be had; the task stays pending.
+                self._db.sessions.scope(pending.task.settings.pool, pending.as_run().owner).end()
+            return await asyncio.to_thread(self._run, pending)
+        self._refuse_connection(pending)
+        run = self._taken(pending)
         if run.claim is not None and not await self.async_call(self._claiming(run)):
-            return
+            return False
         error = await try_async(run, self)
         if error is not None:
-            if run.claim is not None:
-                await self.async_call(self._failing(run, error))
+            await async_end(run, error, _step_after(error), self)
             raise error
+        return True
+
+    def _taken(self, pending: PendingTask) -> Run:
+        self._pending.remove(pending)
+        return pending.as_run()
+
+    def _refuse_loop(self, pending: PendingTask) -> None:
+        self._refuse_connection(pending)
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            return
+        raise ConfigurationError(
+            f"Task {pending.name!r} is async, and tasks.run() was called on a running event loop. "
+            "Write await tasks.async_run()."
+        )
+
+    def _refuse_connection(self, pending: PendingTask) -> None:
+        if isinstance(self._db.sessions.connection, Connection):
+            raise ConfigurationError(
+                f"Task {pending.name!r} is async, and the database is replaced by a Connection, which cannot serve it. "
+                "Replace it with an AsyncConnection and write await tasks.async_run(), or with url=…."
+            )
 
     def _claiming(self, run: Run) -> Callable[[Connection], bool]:
         return lambda connection: moves.claim_one(connection, run.id, worker=self._worker)
 
-    def _failing(self, run: Run, error: BaseException) -> Callable[[Connection], bool]:
-        claim = run.claim
-        assert claim is not None  # noqa: S101  # asked by the callers
-        return lambda connection: moves.fail(connection, claim, failure_of(error), at=now())
+
+def _step_after(error: BaseException) -> End:
+    return Gone() if isinstance(error, LostClaim) else GiveUp(reason="a test runs a task once")
 
 
 class replace:  # noqa: N801  # reads as a verb: `with replace(db, url=…) as tasks:`
     """Put another database in the place of *db*'s, for the length of a ``with`` (or an ``async with``).
 
-    Nothing starts by itself. At the end, tasks that were left waiting in a session that closed without a commit
-    raise ``TasksNotCommitted``: the test fails.
+    Sessions, tasks and records go there: those of requests, of tasks, and of code that opens ``db.session()`` itself.
+    (``db.engine()`` is SQLAlchemy's, and with ``connection=`` stays the real one.)
+    Nothing starts by itself, and ``db.drain()`` runs what is pending. At the end, tasks that were left waiting in a
+    session that closed without a commit raise ``TasksNotCommitted``: the test fails.
 
     Args:
         db: The database that the application uses.
@@ -209,10 +229,10 @@ class replace:  # noqa: N801  # reads as a verb: `with replace(db, url=…) as t
 
     def __enter__(self) -> Tasks:
         """Replace it."""
+        if isinstance(self._connection, AsyncConnection):
+            raise ConfigurationError("An AsyncConnection needs `async with replace(db, connection=…) as tasks:`.")
         tasks = self._put()
         try:
-            if isinstance(self._connection, AsyncConnection):
-                raise ConfigurationError("An AsyncConnection needs `async with replace(db, connection=…) as tasks:`.")
             if self._connection is not None:
                 self._prepare(self._connection)
             elif self._db.sessions.is_async_only:
@@ -261,8 +281,7 @@ class replace:  # noqa: N801  # reads as a verb: `with replace(db, url=…) as t
         if db.runner is not None:
             raise ConfigurationError(
                 "The runner of this Database is alive: tasks would start by themselves. Replace the database before "
-                "the "
-                "application starts (before `with TestClient(app)`)."
+                "the application starts (before `with TestClient(app)`)."
             )
         if db.outbox.started is not None:
             raise ConfigurationError("This Database is replaced already; one replace(…) at a time.")
@@ -279,6 +298,7 @@ class replace:  # noqa: N801  # reads as a verb: `with replace(db, url=…) as t
             )
             db.sessions = db.sessions.on(pools)
         db.outbox.started = tasks.took
+        db.outbox.replaced_by = tasks
         db.outbox.lost_tasks.clear()
         db.forget_binds()
         return tasks
@@ -289,6 +309,10 @@ class replace:  # noqa: N801  # reads as a verb: `with replace(db, url=…) as t
                 "replace(db, connection=…) needs a connection in a transaction, which the test rolls back: "
                 "connection.begin() first."
             )
+        if connection.dialect.name == "sqlite" and not sqlite.in_transaction(connection):
+            # SQLAlchemy's begin() sends nothing, and the driver does not begin for a savepoint, so that the release
+            # of our first one would be a real commit.
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
         simulate_commits(connection)
         schema.create_tables(connection)
 
@@ -296,6 +320,7 @@ class replace:  # noqa: N801  # reads as a verb: `with replace(db, url=…) as t
         db = self._db
         db.sessions = self._sessions
         db.outbox.started = None
+        db.outbox.replaced_by = None
         db.forget_binds()
 
     def _finish(self, error: BaseException | None) -> None:

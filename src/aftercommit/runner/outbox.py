@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy import Connection, Engine, event
 from sqlalchemy.exc import DBAPIError
@@ -95,6 +95,16 @@ class Wanted:
         )
 
 
+class Stand(Protocol):
+    """Where a test runs tasks by its own hand."""
+
+    def run(self) -> int:
+        """Run all that is pending; return how many ran."""
+
+    async def async_run(self) -> int:
+        """The same, on the running event loop."""
+
+
 class Outbox:
     """Takes what one ``Database`` was asked for."""
 
@@ -104,6 +114,8 @@ class Outbox:
         self.lost_tasks: list[TasksNotCommitted] = []
         self.started = started
         """Takes over what was committed, instead of the runner (tests)."""
+        self.replaced_by: Stand | None = None
+        """Runs what was taken over (tests)."""
 
     def write(self, connection: Connection, entries: Sequence[Wanted], *, prompt: bool) -> None:
         """Write the durable ones with one statement, and take places for those that can start at once."""

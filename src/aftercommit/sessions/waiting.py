@@ -183,11 +183,14 @@ def _before_commit(session: Session) -> None:
             # Nothing has been read or written yet, so there is no transaction on the server to wait for.
             session.connection(bind_arguments={"bind": item.bind})
     if _HOOKS in session.info and session.get_nested_transaction() is None:
+        if isinstance(session.bind, Connection):
+            # Joined to a test's connection: what is written must be there to be seen, and perhaps it is only now that
+            # the connection is used at all.
+            session.flush()
         for connection in track.connections:
             ledger = find_ledger(connection)
             if ledger is not None and ledger.is_simulated and ledger.at_commit is not None:
                 # This one's commit is only the release of a savepoint, and no event of the connection's.
-                session.flush()
                 ledger.at_commit(connection)
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
 from fastapi.responses import JSONResponse, PlainTextResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict
-from sqlalchemy import ForeignKey, NullPool, create_engine, func, make_url, select
+from sqlalchemy import ForeignKey, NullPool, create_engine, func, inspect, make_url, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship
 from starlette.background import BackgroundTask
@@ -97,8 +97,10 @@ class Shop:
             return list(connection.scalars(select(Effect.sku).order_by(Effect.sku)))
 
     def states(self) -> list[str]:
-        """The states of all records."""
+        """The states of all records; none, where even their table is missing."""
         with self.onlooker() as connection:
+            if not inspect(connection).has_table(TaskRecord.__tablename__):
+                return []
             return list(connection.scalars(select(TaskRecord.state)))
 
     def in_use(self) -> int:
