@@ -100,9 +100,11 @@ class Stand(Protocol):
 
     def run(self) -> int:
         """Run all that is pending; return how many ran."""
+        ...
 
     async def async_run(self) -> int:
         """The same, on the running event loop."""
+        ...
 
 
 class Outbox:
