@@ -112,26 +112,26 @@ def prepared(target: DatabaseUnderTest) -> DatabaseUnderTest:
     return target
 
 
-def run(target: DatabaseUnderTest, side: str, requests: int, width: int) -> Round:
+def run(target: DatabaseUnderTest, side: str, requests: int, width: int, *, warm_up: int = WARM_UP) -> Round:
     """Run one round on a fresh server."""
     onlooker = create_engine(target.sync_url)
     arguments = ("--factory", "--no-access-log")
     with Server(SIDES[side], env={URL: target.url}, arguments=arguments) as server:
         jobs = f"{server.url}/jobs"
-        send(jobs, times=WARM_UP, width=width)
-        wait(onlooker, WARM_UP)
+        send(jobs, times=warm_up, width=width)
+        wait(onlooker, warm_up)
         httpx.get(f"{server.url}/waited")
 
         computed, start = cpu_seconds(server.process.pid), perf_counter()
         send(jobs, times=requests, width=width)
         answered = perf_counter() - start
-        wait(onlooker, WARM_UP + requests)
+        wait(onlooker, warm_up + requests)
         done = perf_counter() - start
         computed = cpu_seconds(server.process.pid) - computed
         waited = httpx.get(f"{server.url}/waited").json()
 
-        send(jobs, times=WARM_UP, width=1)
-        wait(onlooker, WARM_UP + requests + WARM_UP)
+        send(jobs, times=warm_up, width=1)
+        wait(onlooker, warm_up + requests + warm_up)
         waited_alone = httpx.get(f"{server.url}/waited").json()
         server.stop()
     onlooker.dispose()

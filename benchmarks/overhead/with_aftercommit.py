@@ -5,9 +5,11 @@ from sqlalchemy import make_url
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from aftercommit import Database
+from aftercommit import Database, PoolSettings
 from aftercommit.fastapi import AfterCommitDep, AsyncSessionDep, SessionDep, install
 from benchmarks.overhead.job import Job, note_start, router, url
+
+POOL = PoolSettings(pool_size=8, max_overflow=0)
 
 
 def in_memory() -> FastAPI:
@@ -22,7 +24,7 @@ def durable() -> FastAPI:
 
 def application(*, durable: bool) -> FastAPI:
     """Make the application of the flavour that the URL's driver asks for."""
-    db = Database(url())
+    db = Database(url(), pool=POOL, pools={"default": POOL})
     app = FastAPI()
     install(app, db, create_tables=True)
     app.include_router(router)
