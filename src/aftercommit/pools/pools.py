@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import URL, NullPool, create_engine, event
+from sqlalchemy import URL, create_engine, event
 from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools import sqlite
+from aftercommit.pools.options import check_options, engine_options, engine_url
 from aftercommit.pools.settings import PoolSettings
-from aftercommit.pools.urls import Flavour, Flavours, check_options, flavours, is_sqlite, render
+from aftercommit.pools.urls import Flavour, Flavours, flavours, is_sqlite, render
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from sqlalchemy import Engine
+    from sqlalchemy import Pool as SQLAlchemyPool
 
 __all__ = ["BOOKKEEPING", "REQUEST", "Pool", "Pools"]
 
@@ -54,7 +57,8 @@ class Pool:
         if self._engine is None:
             with self._lock:
                 if self._engine is None:
-                    engine = create_engine(self._owner.flavours.url("sync"), **self._options("sync"))
+                    url = engine_url(self._owner.flavours.url("sync"))
+                    engine = create_engine(url, **self._options("sync"))
                     self._owner.set_up(engine, self.settings)
                     self._engine = engine
         return self._engine
@@ -69,7 +73,9 @@ class Pool:
         if self._async_engine is None:
             with self._lock:
                 if self._async_engine is None:
-                    engine = create_async_engine(self._owner.flavours.url("async"), **self._options("async"))
+                    engine = create_async_engine(
+                        engine_url(self._owner.flavours.url("async")), **self._options("async")
+                    )
                     self._owner.set_up(engine.sync_engine, self.settings)
                     self._async_engine = engine
         return self._async_engine
@@ -87,44 +93,23 @@ class Pool:
         with self._lock:
             engine, self._engine = self._engine, None
         if engine is not None:
+            old = engine.pool
             engine.dispose()
+            _close_what_returns(old)
 
     async def async_dispose(self) -> None:
         """Close the idle connections of both flavours."""
         with self._lock:
             engine, self._async_engine = self._async_engine, None
         if engine is not None:
+            old = engine.pool
             await engine.dispose()
+            _close_what_returns(old)
         self.dispose()
 
     def _options(self, flavour: Flavour) -> dict[str, Any]:
-        """What ``create_engine`` is given: the user's options over ours."""
         given = self._owner.options(flavour)
-        options: dict[str, Any] = {"hide_parameters": True, **given}
-        if given.get("poolclass") is not NullPool:
-            options |= {
-                "pool_size": self.settings.pool_size,
-                "max_overflow": self.settings.max_overflow,
-                "pool_timeout": self.settings.pool_timeout,
-                "pool_recycle": self.settings.pool_recycle,
-            }
-        url = self._owner.flavours.url(flavour)
-        options["connect_args"] = self._connect_args(url, given.get("connect_args") or {})
-        return options
-
-    def _connect_args(self, url: URL, given: Mapping[str, Any]) -> dict[str, Any]:
-        arguments = dict(given)
-        if is_sqlite(url):
-            # The driver's own transactions are off: aftercommit.pools.sqlite begins them.
-            return {"timeout": sqlite.BUSY_TIMEOUT, **arguments, "isolation_level": None}
-        label = f"aftercommit:{self.name}"
-        if "application_name" in url.query:
-            return arguments
-        if url.get_driver_name() == "asyncpg":
-            arguments["server_settings"] = {"application_name": label, **arguments.get("server_settings", {})}
-        else:
-            arguments.setdefault("application_name", label)
-        return arguments
+        return engine_options(self.name, self.settings, self._owner.flavours.url(flavour), given)
 
 
 class Pools:
@@ -152,12 +137,11 @@ class Pools:
         self._flavours: Flavours | None = None
         self._options: dict[Flavour, Mapping[str, Any]] = {"sync": engine_options, "async": async_engine_options}
         self._set_up = set_up
-        if not callable(url):
+        if callable(url):
+            self._check(None)
+        else:
             self._flavours = flavours(url)
-        for flavour in ("sync", "async"):
-            known = self._flavours
-            target = None if known is None else known.sync if flavour == "sync" else known.asynchronous
-            check_options(flavour, self._options[flavour], target)
+            self._check(self._flavours)
         self._pools = {name: Pool(name, each, self) for name, each in settings.items()}
 
     def __getitem__(self, name: str) -> Pool:
@@ -186,12 +170,13 @@ class Pools:
             with self._lock:
                 if self._flavours is None:
                     found = flavours(self._url() if callable(self._url) else self._url)
-                    for flavour in ("sync", "async"):
-                        check_options(
-                            flavour, self._options[flavour], found.sync if flavour == "sync" else found.asynchronous
-                        )
+                    self._check(found)
                     self._flavours = found
         return self._flavours
+
+    def _check(self, found: Flavours | None) -> None:
+        check_options("sync", self._options["sync"], None if found is None else found.sync)
+        check_options("async", self._options["async"], None if found is None else found.asynchronous)
 
     @property
     def shown(self) -> str:
@@ -218,7 +203,7 @@ class Pools:
             sqlite.set_up(engine)
         elif settings.pool_pre_ping:
             event.listen(engine, "checkin", _remember_idle)
-            event.listen(engine, "checkout", _ping_when_idle)
+            event.listen(engine, "checkout", partial(_ping_when_idle, engine))
         self._set_up(engine)
 
     def dispose(self) -> None:
@@ -232,21 +217,24 @@ class Pools:
             await pool.async_dispose()
 
 
+def _close_what_returns(old: SQLAlchemyPool) -> None:
+    # SQLAlchemy would put what is in use now back into this pool, from which nobody takes anything any more.
+    event.listen(old, "checkin", lambda _connection, record: record.close())
+
+
 def _remember_idle(_connection: Any, record: Any) -> None:
     record.info[_remember_idle] = time.monotonic()
 
 
-def _ping_when_idle(connection: Any, record: Any, proxy: Any) -> None:
+def _ping_when_idle(engine: Engine, connection: Any, record: Any, _proxy: Any) -> None:
     """Try a connection that sat idle; a ping at every checkout would cost a round trip each, on asyncpg two."""
     since = record.info.get(_remember_idle)
     if since is None or time.monotonic() - since < _IDLE_ENOUGH_TO_PING:
         return
-    dialect = proxy._pool._dialect  # noqa: SLF001  # the pool's dialect has no public name at a checkout
+    dialect = engine.dialect
     try:
         alive = dialect.do_ping(connection)
-    except Exception as exc:
-        if not isinstance(exc, (dialect.loaded_dbapi.Error, OSError)):
-            raise
+    except (dialect.loaded_dbapi.Error, OSError):
         alive = False
     if not alive:
         # Its neighbours sat idle through the same restart: all that are as old are dropped.

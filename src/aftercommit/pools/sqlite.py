@@ -64,6 +64,8 @@ def needs_lock(statement: str) -> bool:
 
 
 def _on_connect(connection: DBAPIConnection, _record: Any) -> None:
+    # The driver's own transactions are off, however the connection was made.
+    connection.isolation_level = None
     cursor = connection.cursor()
     try:
         try:

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal
+from typing import Final, Literal
 
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
 from aftercommit.errors import ConfigurationError
 
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-__all__ = ["Flavours", "check_options", "flavours", "identity", "is_sqlite"]
+__all__ = ["PACKAGES", "Flavour", "Flavours", "flavours", "identity", "is_sqlite", "render"]
 
 Flavour = Literal["sync", "async"]
 
@@ -31,9 +27,8 @@ _DRIVERS: Final[dict[str, tuple[str | None, str | None]]] = {
     "postgresql+psycopg_async": (None, "postgresql+psycopg"),
     "postgresql+asyncpg": (None, "postgresql+asyncpg"),
 }
-_PACKAGES: Final = {"pysqlite": "sqlite3", "aiosqlite": "aiosqlite", "psycopg": "psycopg", "asyncpg": "asyncpg"}
+PACKAGES: Final = {"pysqlite": "sqlite3", "aiosqlite": "aiosqlite", "psycopg": "psycopg", "asyncpg": "asyncpg"}
 _TO_INSTALL: Final = {"aiosqlite": "aiosqlite", "psycopg": "psycopg[binary]", "asyncpg": "asyncpg"}
-_OURS: Final = ("pool_size", "max_overflow", "pool_timeout", "pool_recycle", "pool_pre_ping", "isolation_level")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +68,7 @@ class Flavours:
                 )
             )
         driver = url.get_driver_name()
-        if importlib.util.find_spec(_PACKAGES[driver]) is None:
+        if importlib.util.find_spec(PACKAGES[driver]) is None:
             raise ConfigurationError(
                 f"{render(self.given)} needs the driver {driver!r}, which is not installed: "
                 f"pip install '{_TO_INSTALL.get(driver, driver)}'."
@@ -136,52 +131,6 @@ def identity(url: URL) -> tuple[object, ...]:
         host = "localhost"
     port = url.port or url.query.get("port") or 5432
     return (url.get_backend_name(), host, str(port), url.database or url.username)
-
-
-def check_options(flavour: Flavour, options: Mapping[str, Any], url: URL | None) -> None:
-    """Refuse engine options that cannot be, before anything is opened.
-
-    Raises:
-        ConfigurationError: For options that belong into ``PoolSettings`` and for connect arguments that the driver
-            does not know.
-    """
-    name = "engine_options" if flavour == "sync" else "async_engine_options"
-    for option in _OURS:
-        if option in options:
-            raise ConfigurationError(
-                f"{name}[{option!r}]: every pool has its own. Write PoolSettings({option}=…) in pool= or pools=."
-            )
-    arguments = options.get("connect_args") or {}
-    if url is None or not arguments:
-        return
-    driver = url.get_driver_name()
-    if importlib.util.find_spec(_PACKAGES[driver]) is None:
-        return
-    unknown = sorted(set(arguments) - _known_arguments(driver))
-    if unknown:
-        other = "async_engine_options" if flavour == "sync" else "engine_options"
-        raise ConfigurationError(
-            f"{name}: the driver {driver!r} knows no connect argument {', '.join(map(repr, unknown))}; every "
-            "connection "
-            f"would fail. Options of the other flavour's driver go into {other}."
-        )
-
-
-def _known_arguments(driver: str) -> set[str]:
-    if driver in ("pysqlite", "aiosqlite"):
-        known = {"timeout", "detect_types", "isolation_level", "check_same_thread", "factory", "cached_statements"}
-        return known | {"uri", "autocommit", "iter_chunk_size", "loop"}
-    if driver == "asyncpg":
-        import asyncpg  # type: ignore[import-untyped]  # optional, and known to be there
-
-        # SQLAlchemy takes these out before it calls the driver.
-        extra = {"prepared_statement_cache_size", "prepared_statement_name_func", "async_fallback", "async_creator_fn"}
-        return set(inspect.signature(asyncpg.connect).parameters) | extra
-    from psycopg import Connection  # optional, and known to be there
-    from psycopg.pq import Conninfo
-
-    options = {option.keyword.decode() for option in Conninfo.get_defaults()}
-    return options | set(inspect.signature(Connection.connect).parameters) - {"kwargs"} | {"async_creator_fn"}
 
 
 def _in_memory(url: URL) -> bool:
