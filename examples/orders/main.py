@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 pages = Jinja2Templates(HERE / "templates")
 app = FastAPI(title="Orders")
 app.mount("/static", StaticFiles(directory=HERE / "static"))
-install(app, db, create_tables=True)
+install(app, db, create_tables=True, grace=2.0)  # a file goes on where it was, so a stop need not wait for it
 
 
 @app.post("/files")
