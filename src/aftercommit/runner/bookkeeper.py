@@ -12,9 +12,9 @@ from collections import deque
 from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, event
 
-from aftercommit.pools.pools import BOOKKEEPING
+from aftercommit.pools.pools import BOOKKEEPING, Pool
 from aftercommit.tasks.transient import is_disconnect
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ class Bookkeeper:
 
     def __init__(self, pools: Pools, round: Callable[[], float] | None = None) -> None:  # noqa: A002
         self._pools = pools
+        # Nobody else's, so that db.async_dispose() on the application's loop leaves alone what belongs to this one.
+        self._pool = Pool(BOOKKEEPING, pools[BOOKKEEPING].settings, pools)
         self._round = round
         self._wake = threading.Condition()
         self._jobs: deque[tuple[Callable[[Connection], Any], Future[Any]]] = deque()
@@ -129,7 +131,7 @@ class Bookkeeper:
         if self._loop is None:
             self._engine.dispose()
         else:
-            self._loop.run(self._pools[BOOKKEEPING].async_dispose())
+            self._loop.run(self._pool.async_dispose())
 
     def _execute(self, work: Callable[[Connection], T], *, autocommit: bool) -> T:
         # Whatever the server's default: at a level with snapshots these would fail where they should wait and look.
@@ -142,7 +144,7 @@ class Bookkeeper:
                 return work(connection)
 
         async def run() -> T:
-            engine = self._pools[BOOKKEEPING].async_engine.execution_options(isolation_level=level)
+            engine = self._pool.async_engine.execution_options(isolation_level=level)
             async with engine.begin() as connection:
                 return await connection.run_sync(work)
 
@@ -190,20 +192,22 @@ class Bookkeeper:
     def _open(self) -> None:
         pools = self._pools
         if not pools.is_async_only:
-            self._engine = pools[BOOKKEEPING].engine
+            self._engine = self._pool.engine
         elif pools.is_sqlite:
             # Python brings the sync driver along.
             url = pools.flavours.given.set(drivername="sqlite+pysqlite")
             self._engine = create_engine(url, connect_args={"isolation_level": None, "timeout": 10.0}, pool_size=1)
-            pools.set_up(self._engine, pools[BOOKKEEPING].settings)
+            pools.set_up(self._engine, self._pool.settings)
         else:
             # asyncpg knows no sync calls, so this thread has a small event loop of its own.
             self._loop = asyncio.Runner()
+        if pools.is_sqlite:
+            event.listen(self._engine, "connect", _be_impatient)
 
     def _close(self) -> None:
         try:
             if self._loop is not None:
-                self._loop.run(self._pools[BOOKKEEPING].async_dispose())
+                self._loop.run(self._pool.async_dispose())
                 self._loop.close()
             else:
                 self._engine.dispose()
@@ -214,3 +218,8 @@ class Bookkeeper:
             for _work, future in self._jobs:
                 future.set_exception(BooksClosed("the runner has stopped"))
             self._jobs.clear()
+
+
+def _be_impatient(connection: Any, _record: Any) -> None:
+    """Somebody may hold SQLite's write lock for long, and this thread has more to do than to wait for it."""
+    connection.execute("PRAGMA busy_timeout = 500")

@@ -89,6 +89,9 @@ class Worker(Ground, Protocol):
     def leave(self, run: Run) -> None:
         """Remember a run whose end could not be recorded."""
 
+    def expect(self, pool: str) -> None:
+        """Look into the database soon: something of *pool* was queued."""
+
 
 # --- what follows -----------------------------------------------------------------------------------------------
 
@@ -281,7 +284,7 @@ def _again_in(run: Run, error: BaseException, number: int, ground: Worker) -> fl
     return None
 
 
-def _settle(run: Run, error: BaseException, step: End, ground: Ground) -> None:
+def _settle(run: Run, error: BaseException, step: End, ground: Worker) -> None:
     """Write what became of the claim, and tell of it."""
     call = ground.books.call
     error = _named(run, error, step)
@@ -295,12 +298,12 @@ def _settle(run: Run, error: BaseException, step: End, ground: Ground) -> None:
     elif run.claim is None:
         _lost_with_its_memory(run)
     elif call(_writing_back(run, error, step)):
-        _queued_again(run, error, step)
+        _queued_again(run, error, step, ground)
     else:
         _not_held(run, call)
 
 
-async def _async_settle(run: Run, error: BaseException, step: End, ground: Ground) -> None:
+async def _async_settle(run: Run, error: BaseException, step: End, ground: Worker) -> None:
     """Write what became of the claim, and tell of it."""
     call = ground.books.async_call
     error = _named(run, error, step)
@@ -314,7 +317,7 @@ async def _async_settle(run: Run, error: BaseException, step: End, ground: Groun
     elif run.claim is None:
         _lost_with_its_memory(run)
     elif await call(_writing_back(run, error, step)):
-        _queued_again(run, error, step)
+        _queued_again(run, error, step, ground)
     else:
         is_still_ours(run, await call(standing(run)))
 
@@ -349,7 +352,8 @@ def _writing_back(run: Run, error: BaseException, step: Again | GiveBack) -> Any
     )
 
 
-def _queued_again(run: Run, error: BaseException, step: Again | GiveBack) -> None:
+def _queued_again(run: Run, error: BaseException, step: Again | GiveBack, ground: Worker) -> None:
+    ground.expect(run.pool)
     if isinstance(step, GiveBack):
         signals.emit(signals.TaskGivenBack(**run.facts(), reason="its worker is stopping"))
     else:

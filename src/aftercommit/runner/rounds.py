@@ -17,6 +17,7 @@ from aftercommit import signals
 from aftercommit.errors import LostClaim
 from aftercommit.records import moves, workers
 from aftercommit.runner.run import Run
+from aftercommit.tasks.transient import Fault, fault_of
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -163,6 +164,9 @@ class Rounds:
         return due
 
     def _note_down(self, error: BaseException) -> None:
+        if fault_of(error) is Fault.CONFLICT and not self.was_silent:
+            # Somebody has SQLite's write lock, and will give it back.
+            return
         if not self._is_down:
             self._is_down = True
             logger.error("The bookkeeping cannot work on the database; it tries again until it can", exc_info=error)

@@ -11,6 +11,8 @@ from collections import deque
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
+from sqlalchemy.exc import DBAPIError
+
 from aftercommit import signals
 from aftercommit.errors import ConfigurationError, TaskTimeout
 from aftercommit.records import moves, notifying, workers
@@ -22,6 +24,7 @@ from aftercommit.runner.listening import Herald, Listener
 from aftercommit.runner.rounds import OVERRUN_SECONDS, Pace, Rounds, is_lost
 from aftercommit.runner.run import Run, failure_of, now
 from aftercommit.runner.shells import run_async, run_sync
+from aftercommit.tasks.transient import Fault, fault_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -181,7 +184,8 @@ class Runner:
             workers.sign_off(connection, self.id)
 
         try:
-            await asyncio.wait_for(self.books.async_call(leave), _WRITING_SECONDS)
+            async with asyncio.timeout(_WRITING_SECONDS):
+                await self._write_patiently(leave)
         except Exception as exc:  # noqa: BLE001  # others see by its silence what it could not say
             logger.warning("The worker could not sign off; it will be seen as silent: %s", exc)
 
@@ -206,7 +210,8 @@ class Runner:
             given[:] = [run for run in mine if _write_back(connection, run)]
 
         try:
-            await asyncio.wait_for(self.books.async_call(write), _WRITING_SECONDS)
+            async with asyncio.timeout(_WRITING_SECONDS):
+                await self._write_patiently(write)
         except Exception as exc:  # noqa: BLE001  # the database itself may be what is failing
             logger.warning("%d task(s) could not be given back; they will be rescued: %s", len(mine), exc)
             return 0
@@ -215,6 +220,17 @@ class Runner:
         for run in given:
             signals.emit(signals.TaskGivenBack(**run.facts(), reason="its worker is stopping"))
         return len(given)
+
+    async def _write_patiently(self, work: Callable[[Connection], None]) -> None:
+        """Write, as soon as whoever is in the way lets us: on SQLite, a task with the write lock."""
+        while True:
+            try:
+                await self.books.async_call(work)
+            except DBAPIError as exc:
+                if fault_of(exc) is not Fault.CONFLICT:
+                    raise
+            else:
+                return
 
     def _report_memory_lost(self, run: Run) -> None:
         self._let_go(run)
@@ -454,6 +470,8 @@ class Runner:
     def is_drained(self) -> bool:
         """Whether nothing that is due is left, here or anywhere; not from the event loop."""
         if not all(lane.is_idle for lane in self.lanes.values()) or self.settling:
+            return False
+        if self.is_durable and any(lane.has_queued and not lane.is_paused for lane in self.lanes.values()):
             return False
         return not self.is_durable or self.books.call(self._nothing_due)
 
