@@ -4,7 +4,7 @@ import asyncio
 import logging
 import socket
 import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -28,9 +28,11 @@ WAIT = 20.0  # seconds, for what takes milliseconds
 
 
 @pytest.fixture
-def shop(database: DatabaseUnderTest) -> Shop:
+def shop(database: DatabaseUnderTest) -> Iterator[Shop]:
     """A shop on an empty database, written for the driver at hand."""
-    return make(database.url)
+    shop = make(database.url)
+    yield shop
+    shop.close()
 
 
 class Meeting:
@@ -220,8 +222,8 @@ def test_a_cancelled_endpoint_rolls_back(shop: Shop, way: str):
     with serve(app) as url, httpx.Client(base_url=url, timeout=WAIT) as client:
         threading.Thread(target=cancel).start()
         status = client.post("/wait", params={"sku": "a"}).status_code
+        shop.db.drain()
 
-    shop.db.drain()
     assert status == 500
     assert shop.in_use() == 0
     assert (shop.skus(), shop.states()) == ([], [])
@@ -239,12 +241,12 @@ def test_a_cancellation_cannot_stop_a_commit(shop: Shop, way: str):
         def cancel(_connection: Connection) -> None:
             app.cancel()
 
-        status = client.post("/orders", params={"sku": "a"}).status_code
+        client.post("/orders", params={"sku": "a"})
         assert app.over.wait(WAIT)
         in_use = shop.in_use()
         shop.db.drain()
 
-    assert (status, in_use) == (500, 0)
+    assert in_use == 0
     assert shop.skus() == shop.effects() == ["a"]
 
 
@@ -294,6 +296,7 @@ def test_a_test_client_without_with_queues_and_warns(database: DatabaseUnderTest
     assert len(_warnings(caplog)) == 1
     assert "a TestClient without `with`" in _warnings(caplog)[0]
     shop.db.drain()
+    shop.close()
     assert shop.effects() == ["a", "b"]
 
 
@@ -326,6 +329,7 @@ def test_a_task_in_memory_without_a_lifespan_is_an_error(sqlite_url: str):
 
     with pytest.raises(RunnerNotRunning, match="the application's lifespan"):
         new_test_client(shop.app).post("/cheap")
+    shop.close()
 
 
 def test_a_test_client_with_with_runs_tasks(shop: Shop):

@@ -16,9 +16,11 @@ from tests.support.servers import serve
 
 
 @pytest.fixture
-def shop(database: DatabaseUnderTest) -> Shop:
+def shop(database: DatabaseUnderTest) -> Iterator[Shop]:
     """A shop on an empty database, written for the driver at hand."""
-    return make(database.url)
+    shop = make(database.url)
+    yield shop
+    shop.close()
 
 
 @pytest.fixture

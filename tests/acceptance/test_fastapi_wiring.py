@@ -11,7 +11,7 @@ import httpx
 import pytest
 from fastapi import APIRouter, Depends, FastAPI, Request, WebSocket
 from fastapi.exceptions import DependencyScopeError
-from sqlalchemy import create_engine, select
+from sqlalchemy import NullPool, create_engine, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, sessionmaker
 from websockets.sync.client import connect
@@ -713,13 +713,15 @@ def test_a_process_that_runs_nothing_hands_over_only(db: Database):
 
 
 @pytest.fixture
-def adopted(database: DatabaseUnderTest) -> Database:
+def adopted(database: DatabaseUnderTest) -> Iterator[Database]:
     """A database for an application that has sessions of its own."""
-    return new_database(database.sync_url)
+    db = new_database(database.sync_url)
+    yield db
+    db.dispose()
 
 
 def _get_db_of(db: Database, *, commits: bool) -> Callable[[], Iterator[Session]]:
-    new_session = sessionmaker(create_engine(db.engine().url))
+    new_session = sessionmaker(create_engine(db.engine().url, poolclass=NullPool))
 
     def get_db() -> Iterator[Session]:
         with new_session() as session:

@@ -29,8 +29,7 @@ def shop(database: DatabaseUnderTest) -> Iterator[Shop]:
     """A shop whose real database stays empty, whatever a test does."""
     shop = make(database.url)
     yield shop
-    if not shop.is_async:
-        shop.db.dispose()
+    shop.close()
     assert (shop.skus(), shop.effects()) == ([], [])
 
 

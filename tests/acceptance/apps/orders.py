@@ -3,6 +3,7 @@
 The URL's driver decides which of the two ``make`` makes. ``Watch`` looks at each response when it starts.
 """
 
+import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -81,6 +82,13 @@ class Shop:
     url: str
     heard: list[str] = field(default_factory=list)
     shipped: Callable[[str], None] = lambda _sku: None
+
+    def close(self) -> None:
+        """Close what code outside a lifespan has opened."""
+        if self.is_async:
+            asyncio.run(self.db.async_dispose())
+        else:
+            self.db.dispose()
 
     def onlooker(self) -> Any:
         """A connection that has nothing to do with the application."""
