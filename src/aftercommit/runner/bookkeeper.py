@@ -135,8 +135,8 @@ class Bookkeeper:
 
     def _execute(self, work: Callable[[Connection], T], *, autocommit: bool) -> T:
         # Whatever the server's default: at a level with snapshots these would fail where they should wait and look.
-        level = "AUTOCOMMIT" if autocommit else "READ COMMITTED"
         if self._loop is None:
+            level = "AUTOCOMMIT" if autocommit else "READ COMMITTED"
             engine = self._engine
             if not self._pools.is_sqlite:
                 engine = engine.execution_options(isolation_level=level)
@@ -144,7 +144,9 @@ class Bookkeeper:
                 return work(connection)
 
         async def run() -> T:
-            engine = self._pool.async_engine.execution_options(isolation_level=level)
+            # asyncpg prepares first and executes then: outside a transaction, a pooler in between gives each step to
+            # another server, which knows nothing of the statement.
+            engine = self._pool.async_engine.execution_options(isolation_level="READ COMMITTED")
             async with engine.begin() as connection:
                 return await connection.run_sync(work)
 
