@@ -11,7 +11,7 @@ from fastapi import FastAPI, HTTPException, Request, Response, UploadFile
 from fastapi.responses import RedirectResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
-from models import DATA, Order, OrderFile, db
+from models import DATA, Base, Order, OrderFile, db
 from sqlalchemy import func, select
 from tasks import process_file
 
@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 pages = Jinja2Templates(HERE / "templates")
 app = FastAPI(title="Orders")
 app.mount("/static", StaticFiles(directory=HERE / "static"))
-install(app, db, create_tables=True, grace=2.0)  # a file goes on where it was, so a stop need not wait for it
+install(app, db, create_tables=Base.metadata, grace=2.0)  # a file goes on where it was, so a stop need not wait for it
 
 
 @app.post("/files")

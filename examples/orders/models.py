@@ -8,7 +8,7 @@ from uuid import UUID
 from sqlalchemy import JSON, BigInteger, ForeignKey
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from aftercommit import Database, PoolSettings, TaskRecord
+from aftercommit import Database, PoolSettings
 
 DATA = Path(os.environ.get("AFTERCOMMIT_DEMO_DIR", Path(__file__).parents[2] / "var" / "orders"))
 DATA.mkdir(parents=True, exist_ok=True)
@@ -21,9 +21,7 @@ db = Database(
 
 
 class Base(DeclarativeBase):
-    """Shares the library's metadata, so that `install` makes these tables together with its own."""
-
-    metadata = TaskRecord.metadata
+    """Base of the tables."""
 
 
 class OrderFile(Base):

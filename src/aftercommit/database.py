@@ -7,12 +7,13 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Coroutine
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar, overload
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import URL, Connection, Engine, event
+from sqlalchemy import URL, Connection, Engine, MetaData, event
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
@@ -174,33 +175,35 @@ class Database:
 
     # --- tables -------------------------------------------------------------------------------------------------
 
-    def create_tables(self, connection: Connection | None = None) -> None:
+    def create_tables(self, connection: Connection | None = None, *, also: MetaData | None = None) -> None:
         """Make the ``aftercommit_*`` tables; harmless where they stand, and safe to call from several processes.
 
         Args:
             connection: Whose transaction they are made in, such as ``op.get_bind()`` in a migration of Alembic's; by
                 default they are made, and committed, on one of our own.
+            also: The application's own tables, made along with them: ``Base.metadata``.
         """
         if connection is not None:
-            schema.create_tables(connection)
+            schema.create_tables(connection, also)
         else:
-            self._call(schema.create_tables)
+            self._call(partial(schema.create_tables, also=also))
 
-    async def async_create_tables(self) -> None:
+    async def async_create_tables(self, *, also: MetaData | None = None) -> None:
         """Make the ``aftercommit_*`` tables; harmless where they stand, and safe to call from several processes."""
-        await self._async_call(schema.create_tables)
+        await self._async_call(partial(schema.create_tables, also=also))
 
-    async def prepare_tables(self, *, create: bool | None) -> bool:
+    async def prepare_tables(self, *, create: bool | MetaData | None) -> bool:
         """At start-up: make the tables or check them; return whether there are any.
 
         Args:
-            create: Whether to make them; None for SQLite only.
+            create: Whether to make them; None for SQLite only; a ``MetaData``: make them, and its tables, too.
 
         Raises:
             SchemaError: If durable tasks are declared and the tables are missing or too old.
         """
-        if create or (create is None and self._pools.is_sqlite):
-            await self.async_call_anyhow(schema.create_tables)
+        also = create if isinstance(create, MetaData) else None
+        if also is not None or create is True or (create is None and self._pools.is_sqlite):
+            await self.async_call_anyhow(partial(schema.create_tables, also=also))
             return True
         problem = await self.async_call_anyhow(schema.schema_problem)
         if problem is None:
@@ -377,14 +380,15 @@ class Database:
         return self.outbox.runner
 
     def running(
-        self, *, runs: Sequence[str] | None = None, grace: float = 15.0, create_tables: bool | None = None
+        self, *, runs: Sequence[str] | None = None, grace: float = 15.0, create_tables: bool | MetaData | None = None
     ) -> Running:
         """Run tasks for the length of a ``with`` or an ``async with``, outside FastAPI.
 
         Args:
             runs: The pools whose tasks run here; None for all, ``()`` for none.
             grace: Seconds that running tasks get at the end.
-            create_tables: Whether to make our tables first; None for SQLite only.
+            create_tables: Whether to make our tables first; None for SQLite only; ``Base.metadata``: the application's
+                own as well.
         """
         return Running(self, self._runs(runs), grace=grace, create_tables=create_tables)
 

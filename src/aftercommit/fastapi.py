@@ -28,6 +28,7 @@ import anyio.to_thread
 import fastapi
 from fastapi import Depends, FastAPI
 from fastapi.routing import APIWebSocketRoute
+from sqlalchemy import MetaData
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from starlette.requests import HTTPConnection
@@ -85,7 +86,7 @@ def install(
     *,
     runs: Sequence[str] | None = None,
     grace: float = 15.0,
-    create_tables: bool | None = None,
+    create_tables: bool | MetaData | None = None,
 ) -> None:
     """Give *app* the database: tables and runner at start-up, an orderly stop, and the dependencies of this module.
 
@@ -97,7 +98,8 @@ def install(
         runs: The pools whose tasks run in this process; None for all, ``()`` for none.
             ``AFTERCOMMIT_RUNS=none`` does the same from outside.
         grace: Seconds that running tasks get when the application stops.
-        create_tables: Whether to make our tables at start-up; None for SQLite only.
+        create_tables: Whether to make our tables at start-up; None for SQLite only; ``Base.metadata``: the
+            application's own tables as well.
 
     Raises:
         ConfigurationError: For a FastAPI that is too old, an application that has started, or if *db* is installed

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import insert, inspect, select, text, update
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, MetaData
 
 __all__ = ["SCHEMA_VERSION", "create_tables", "schema_problem"]
 
@@ -16,10 +16,14 @@ SCHEMA_VERSION: Final = 1
 _LOCK: Final = 0x61667463  # "aftc": any number will do, as long as nobody else takes the same
 
 
-def create_tables(connection: Connection) -> None:
+def create_tables(connection: Connection, also: MetaData | None = None) -> None:
     """Make what is missing of our tables, in the transaction of *connection*; harmless where they stand.
 
     Several processes may do so at once: the second waits for the first.
+
+    Args:
+        connection: In a transaction, or about to begin one.
+        also: The application's own tables, to be made under the same lock.
     """
     from aftercommit.records.tables import Base, SchemaRecord  # mapping them takes time that an import must not
 
@@ -27,6 +31,8 @@ def create_tables(connection: Connection) -> None:
         # Of the transaction, not of the session: a transaction pooler lets no other kind through.
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
     Base.metadata.create_all(connection)
+    if also is not None:
+        also.create_all(connection)
     version = connection.scalar(select(SchemaRecord.version))
     if version is None:
         connection.execute(insert(SchemaRecord).values(id=1, version=SCHEMA_VERSION))

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
     from types import TracebackType
 
+    from sqlalchemy import MetaData
+
     from aftercommit.runner.outbox import Outbox
     from aftercommit.runner.runner import Runner
     from aftercommit.sessions import SessionFactory
@@ -31,7 +33,7 @@ class _Home(Protocol):
         """Make one."""
         ...
 
-    async def prepare_tables(self, *, create: bool | None) -> bool:
+    async def prepare_tables(self, *, create: bool | MetaData | None) -> bool:
         """Make or check the tables; whether there are any."""
         ...
 
@@ -43,10 +45,12 @@ class Running:
         home: The database.
         pools: Whose tasks run here; with none, nothing is started.
         grace: Seconds that running tasks get at the end.
-        create_tables: Whether to make our tables first; None for SQLite only.
+        create_tables: Whether to make our tables first; None for SQLite only; a ``MetaData``: its tables as well.
     """
 
-    def __init__(self, home: _Home, pools: Sequence[str], *, grace: float, create_tables: bool | None) -> None:
+    def __init__(
+        self, home: _Home, pools: Sequence[str], *, grace: float, create_tables: bool | MetaData | None
+    ) -> None:
         self._home = home
         self.pools = pools
         self._grace = grace
