@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from aftercommit import errors, signals
+from aftercommit.batches import BatchFailure, BatchReport
 from aftercommit.database import Database
 from aftercommit.errors import AfterCommitError
 from aftercommit.monitoring.logging import log_signals
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AfterCommitError",
+    "BatchFailure",
+    "BatchReport",
     "CurrentRun",
     "Database",
     "PoolSettings",

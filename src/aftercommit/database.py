@@ -18,6 +18,8 @@ from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
+from aftercommit.batches import BatchReport
+from aftercommit.batches.chunks import note_fault as note_batch_fault
 from aftercommit.errors import (
     ConfigurationError,
     HandOverError,
@@ -452,6 +454,101 @@ class Database:
             )
         return running
 
+    # --- batches ------------------------------------------------------------------------------------------------
+
+    def run_batch(
+        self,
+        source: Any,
+        handler: Callable[..., Any],
+        *,
+        size: int = 100,
+        workers: int = 1,
+        pool: str = DEFAULT,
+        entity: type | None = None,
+        on_error: Callable[..., Any] | None = None,
+        max_failures: int | None = None,
+        per_chunk: bool = False,
+        progress: bool | Callable[[int, int | None], None] | None = None,
+    ) -> BatchReport:
+        """Call ``handler(session, item)`` for every record of *source*, in chunks of one transaction each.
+
+        A chunk is first run plain. If a record fails, it is rolled back and run again record by record, each in a
+        savepoint, so that a bad record costs nothing to the others. Conflicts and lost connections repeat the chunk.
+        Inside a durable task the position is saved in each chunk's own commit: however it is interrupted, the batch
+        goes on behind the last chunk that was committed.
+
+        Args:
+            source: A ``Select`` of a mapped class, read page by page on the primary key; keys of *entity*; or any
+                values, a generator too. Inside a task it must give the same values in the same order each time.
+            handler: Called with the chunk's session and the row (or value).
+            size: Records in a chunk, 1 to 10 000.
+            workers: Chunks at once, each in a place of the pool.
+            pool: Whose connections it uses; inside a task always the task's.
+            entity: The class that the keys in *source* are of. A key without a row is a failure of that record.
+            on_error: Called as ``on_error(session, item, error)`` for a record that failed, to mark it in the
+                transaction of its chunk; for a key without a row, *item* is the key.
+            max_failures: More failures than this, counted since this call, stop the batch.
+            per_chunk: Whether the handler takes a list of a chunk's records at once, for set-based work. After a
+                failure it is called with lists of one.
+            progress: True for a bar on the terminal, False for nothing, a function of ``(done, total)``; by default
+                a bar on a terminal where rich is installed, and the task's record inside a task.
+
+        Returns:
+            What was done: ``total == succeeded + failed``.
+
+        Raises:
+            BatchStopped: If more than *max_failures* records failed.
+            BatchError: If the handler ends its chunk's transaction, ``on_error`` fails, or the task's own session is
+                in a transaction.
+            ConfigurationError: For what cannot be meant.
+        """
+        from aftercommit.batches import batch  # it needs Pydantic, which takes as long to import as all the rest
+
+        options = batch.Options(
+            size=size,
+            workers=workers,
+            pool=pool,
+            entity=entity,
+            on_error=on_error,
+            max_failures=max_failures,
+            per_chunk=per_chunk,
+            progress=progress,
+        )
+        return batch.run_batch(self, source, handler, options)
+
+    async def async_run_batch(
+        self,
+        source: Any,
+        handler: Callable[..., Any],
+        *,
+        size: int = 100,
+        workers: int = 1,
+        pool: str = DEFAULT,
+        entity: type | None = None,
+        on_error: Callable[..., Any] | None = None,
+        max_failures: int | None = None,
+        per_chunk: bool = False,
+        progress: bool | Callable[[int, int | None], None] | None = None,
+    ) -> BatchReport:
+        """Do what ``run_batch`` does, on async sessions; *source* may be an async generator, too.
+
+        An ``async def`` handler (or ``on_error``) is given an ``AsyncSession``, a ``def`` one the ``Session`` behind
+        it. Lanes run side by side on this event loop.
+        """
+        from aftercommit.batches import batch  # it needs Pydantic, which takes as long to import as all the rest
+
+        options = batch.Options(
+            size=size,
+            workers=workers,
+            pool=pool,
+            entity=entity,
+            on_error=on_error,
+            max_failures=max_failures,
+            per_chunk=per_chunk,
+            progress=progress,
+        )
+        return await batch.async_run_batch(self, source, handler, options)
+
     # --- by hand ------------------------------------------------------------------------------------------------
 
     def cancel(self, id: UUID) -> None:
@@ -706,4 +803,5 @@ def _listening(url: str | URL) -> URL:
 def _set_up(engine: Engine) -> None:
     watch(engine)
     event.listen(engine, "handle_error", note_fault)
+    event.listen(engine, "handle_error", note_batch_fault)
     event.listen(engine, "before_cursor_execute", stop_at_statement)

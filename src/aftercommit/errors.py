@@ -6,7 +6,7 @@ A message says what happened, why it matters, and what to write instead. The ``c
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import sqlalchemy.exc
 
@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "AfterCommitError",
+    "BatchError",
+    "BatchStopped",
     "CommitWithoutCheckpoint",
     "ConfigurationError",
     "HandOverError",
@@ -225,3 +227,26 @@ class TaskStateError(AfterCommitError):
     """An operation does not fit the record's state: a task that runs cannot be retried, and so on."""
 
     code = "AC306"
+
+
+# --- batches ----------------------------------------------------------------------------------------------------
+
+
+class BatchError(AfterCommitError):
+    """A batch is used in a way that could lose or repeat records: it stops, and the chunk at hand is rolled back."""
+
+    code = "AC501"
+
+
+class BatchStopped(AfterCommitError):
+    """More records of a batch failed than ``max_failures`` allows. What was done stays done.
+
+    Attributes:
+        report: What was done, and the failures.
+    """
+
+    code = "AC502"
+
+    def __init__(self, message: str, *, report: Any) -> None:
+        super().__init__(message)
+        self.report = report

@@ -8,7 +8,8 @@ import pytest
 
 PUBLIC = {
     "aftercommit": {
-        "AfterCommitError", "CurrentRun", "Database", "PoolSettings", "Retry", "Task", "TaskHandle", "TaskRecord",
+        "AfterCommitError", "BatchFailure", "BatchReport", "CurrentRun", "Database", "PoolSettings", "Retry", "Task",
+        "TaskHandle", "TaskRecord",
         "current_run", "errors", "signals",
     },
     "aftercommit.fastapi": {

@@ -27,6 +27,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, column_property, mapped_colu
 __all__ = [
     "AUTOVACUUM",
     "Base",
+    "BatchPosition",
+    "EventRecord",
     "PoolState",
     "ProgressRecord",
     "SchemaRecord",
@@ -199,6 +201,58 @@ class PoolState(Base):
 
     name: Mapped[str] = mapped_column(String(63), primary_key=True)
     paused_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class BatchPosition(Base):
+    """How far one lane of a batch inside a task is: written in each chunk's own commit.
+
+    A table of its own, and a row for each lane: two that wrote one row side by side would fail at REPEATABLE READ.
+
+    Attributes:
+        task_id: The task.
+        batch: Which of its batches.
+        lane: Which lane of that batch; 0 is the first.
+        position: What is done, by all lanes as far as this one knew: ``[from, to, key before, last key]`` each.
+        succeeded: Records that this lane has done.
+        failed: Records that failed in it.
+        failures: The first of these, ``[key, error]`` each.
+        commits: Chunks that it has committed: says after a commit in doubt whether it happened.
+        is_finished: Whether nothing is left of the batch (said in the row of lane 0).
+    """
+
+    __tablename__ = "aftercommit_batch"
+
+    task_id: Mapped[UUID] = mapped_column(Uuid, primary_key=True)
+    batch: Mapped[str] = mapped_column(String(255), primary_key=True)
+    lane: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    position: Mapped[list[Any]] = mapped_column(JSON)
+    succeeded: Mapped[int] = mapped_column(BigInteger)
+    failed: Mapped[int] = mapped_column(BigInteger)
+    failures: Mapped[list[Any]] = mapped_column(JSON)
+    commits: Mapped[int] = mapped_column(BigInteger)
+    is_finished: Mapped[int] = mapped_column(Integer)
+
+
+class EventRecord(Base):
+    """An event that was published with a key: a second one of the same type and key is none.
+
+    Attributes:
+        id: UUIDv7.
+        event: The name of its class.
+        key: As given to ``publish``.
+        published_at: When.
+    """
+
+    __tablename__ = "aftercommit_event"
+
+    id: Mapped[UUID] = mapped_column(Uuid, primary_key=True)
+    event: Mapped[str] = mapped_column(String(255))
+    key: Mapped[str] = mapped_column(String(255))
+    published_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+Index("aftercommit_event_key", EventRecord.event, EventRecord.key, unique=True)
+Index("aftercommit_event_published", EventRecord.published_at)
 
 
 class SchemaRecord(Base):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
+from aftercommit.records import happenings, positions
 from aftercommit.records.moves import clear_progress
 from aftercommit.records.statement import Statement
 
@@ -156,6 +157,8 @@ def prune(connection: Connection, *, keep: float, count: int = 1000) -> int:
     gone = [_uuid(each) for each in _PRUNE.execute(connection, {"keep": keep, "count": count}).scalars()]
     if gone:
         clear_progress(connection, gone)
+        positions.clear(connection, gone)
+    happenings.prune(connection, keep=keep, count=count)
     return len(gone)
 
 

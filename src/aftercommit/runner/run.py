@@ -124,6 +124,7 @@ class Run:
         self._finishing = False
         self._result = None
         self.current = self._make_current(self.checkpoint)
+        self.current.behind = self
         self.session = session
         timeout = self.task.settings.timeout
         if timeout is not None:

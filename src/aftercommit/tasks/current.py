@@ -32,6 +32,8 @@ class CurrentRun:
         "_on_progress",
         "_progress",
         "attempt",
+        "batches",
+        "behind",
         "id",
         "name",
         "restored",
@@ -56,6 +58,10 @@ class CurrentRun:
         self.saw_unique = False
         self.saw_conflict = False
         self.stopped_by: Exception | None = None
+        self.behind: Any = None
+        """The runner's side of this run, for batches: its claim, its session, its deadline."""
+        self.batches: dict[str, int] = {}
+        """How many batches this try has begun, by the name of their handler."""
         self._checkpoint: str | None = None
         self._progress: tuple[int, int | None] | None = None
         self._on_progress = on_progress
@@ -111,6 +117,7 @@ class CurrentRun:
     def forget(self) -> None:
         """Let go of the runner: a connection's context may keep this object for as long as the connection lives."""
         self._on_progress = None
+        self.behind = None
 
     def take_checkpoint(self) -> str | None:
         """Hand out the value to be saved with this commit, once, as JSON text."""

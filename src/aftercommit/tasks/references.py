@@ -26,7 +26,7 @@ from sqlalchemy.orm import InstanceState, Mapper, Session
 from aftercommit.errors import HandOverError, PayloadError, RowGone
 from aftercommit.tasks.unsafe import key_hint, variable_hint
 
-__all__ = ["Loading", "RowType", "Writing", "row_token"]
+__all__ = ["KeyCodec", "Loading", "RowType", "Writing", "row_token"]
 
 
 @dataclass(slots=True)
@@ -350,3 +350,42 @@ def _decode(part: object, codec: _Codec | None) -> object:
     if codec is None:
         raise ValueError("a key's part without its type")
     return codec.decode(part)
+
+
+class KeyCodec:
+    """Writes whole keys of a mapped class as JSON and reads them back, for what goes on from a key.
+
+    Args:
+        mapper: Of the class.
+    """
+
+    def __init__(self, mapper: Mapper[Any]) -> None:
+        self._name = mapper.class_.__name__
+        self._codecs = [_codec_of(column) for column in mapper.primary_key]
+
+    def write(self, key: tuple[Any, ...]) -> list[Any]:
+        """Return *key* as JSON can carry it.
+
+        Raises:
+            HandOverError: If a part has a type that cannot be written exactly.
+        """
+        parts: list[Any] = []
+        for value, codec in zip(key, self._codecs, strict=True):
+            found = (_BY_TYPE[base] for base in type(value).__mro__ if base in _BY_TYPE)
+            own = codec if codec is not None and type(value) is codec.python_type else next(found, None)
+            if own is None:
+                raise HandOverError(
+                    f"The key of `{self._name}` has a part of type `{type(value).__qualname__}`, which cannot be "
+                    "written exactly, so that nothing could go on from it."
+                )
+            part = own.encode(value)
+            parts.append(part if own is codec else {"$type": own.name, "value": part})
+        return parts
+
+    def read(self, stored: list[Any]) -> tuple[Any, ...]:
+        """Return the key that ``write`` wrote.
+
+        Raises:
+            ValueError: If it did not.
+        """
+        return tuple(_decode(part, codec) for part, codec in zip(stored, self._codecs, strict=True))

@@ -1,0 +1,428 @@
+"""One chunk: plain first; if that fails, record by record; transient errors repeat it.
+
+The ladder, each step in a transaction of its own that takes the place of the one before:
+
+1. *plain*: every record, one flush, one commit. What nearly every chunk needs.
+2. *in savepoints*, after a record failed: each record in one, so that a bad one costs nothing to the others.
+3. *alone*, after a COMMIT failed for good (a deferred constraint): nobody can say at a COMMIT which record it was, so
+   each becomes a chunk of its own. One whose commit fails by itself is failed then.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import inspect
+from sqlalchemy.orm import Session
+
+from aftercommit.batches.stretches import Stretch
+from aftercommit.errors import BatchError, BatchStopped, LostClaim, TaskTimeout
+from aftercommit.sessions import at_every_commit
+from aftercommit.tasks.retry import UNIQUE_LIMIT, Again, Repeats, Retry, decide
+from aftercommit.tasks.transient import Fault, fault_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Connection
+
+    from aftercommit.batches.flavour import Flavour, Opened
+    from aftercommit.batches.sources import Chunk, Item, Source
+
+__all__ = ["Handling", "Seen", "Settled", "note_fault", "repeated", "run_chunk"]
+
+_POLICY: Final = Retry()
+_rng = random.Random()  # noqa: S311  # jitter, not secrets
+_TRANSIENT: Final = frozenset({Fault.CONFLICT, Fault.CONNECTION, Fault.STALE, Fault.IDLE})
+_ABORTING: Final = (BatchError, BatchStopped, LostClaim, TaskTimeout)
+
+
+class _Mode(Enum):
+    PLAIN = "plain"
+    SAVEPOINTS = "savepoints"
+
+
+@dataclass(eq=False, slots=True)
+class Seen:
+    """What the database answered during a chunk, even if the handler caught it."""
+
+    unique: bool = False
+    conflict: bool = False
+
+    def forget(self) -> None:
+        """Begin anew."""
+        self.unique = self.conflict = False
+
+
+_seen: ContextVar[Seen | None] = ContextVar("aftercommit_batch", default=None)
+
+
+def note_fault(context: Any) -> None:
+    """Remember what the database answered; a listener of the engines' ``handle_error``."""
+    seen = _seen.get()
+    if seen is not None:
+        fault = fault_of(context.sqlalchemy_exception or context.original_exception)
+        seen.unique = seen.unique or fault is Fault.UNIQUE
+        seen.conflict = seen.conflict or fault is Fault.CONFLICT
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """What one committed transaction has settled.
+
+    Attributes:
+        stretch: Where.
+        succeeded: How many records are done.
+        failures: Those that failed, with their keys.
+    """
+
+    stretch: Stretch
+    succeeded: int
+    failures: tuple[tuple[Any, BaseException], ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Handling:
+    """How the records of a batch are handled.
+
+    Attributes:
+        source: Loads them.
+        flavour: Calls what follows.
+        handler: The user's.
+        on_error: The user's, or None.
+        per_chunk: Whether the handler takes a list.
+        open: Opens the session of a chunk.
+        read: Runs a function in a short session.
+        begun: Called with the connection once a chunk's transaction has begun.
+        committing: Called with the connection and what is settled before its COMMIT, in its transaction.
+        was_committed: Whether a COMMIT whose answer was lost happened all the same; None if nobody can say.
+        check: Raises what ends the whole batch: a lost claim, a time limit, a stop.
+    """
+
+    source: Source
+    flavour: Flavour
+    handler: Callable[..., Any]
+    on_error: Callable[..., Any] | None
+    per_chunk: bool
+    open: Callable[[], Opened]
+    read: Callable[[Callable[[Session], Any]], Any]
+    begun: Callable[[Connection], None]
+    committing: Callable[[Connection, Settled], None]
+    was_committed: Callable[[], bool | None]
+    check: Callable[[], None]
+
+
+@dataclass(slots=True)
+class _Tries:
+    """What one chunk has been repeated for."""
+
+    attempt: int = 1
+    repeats: Repeats = field(default_factory=lambda: Repeats(uniques=UNIQUE_LIMIT))
+    since: float | None = None
+
+    def judge(self, error: BaseException, seen: Seen) -> Again | None:
+        """Whether the chunk is to be run again; None where *error* does not pass by itself."""
+        if self.since is not None:
+            self.repeats = replace(self.repeats, conflict_seconds=time.monotonic() - self.since)
+        step = decide(
+            error,
+            policy=_POLICY,
+            attempt=self.attempt,
+            repeats=self.repeats,
+            saw_unique=False,
+            saw_conflict=seen.conflict,
+            rng=_rng,
+        )
+        return step if isinstance(step, Again) else None
+
+    def count(self, error: BaseException, step: Again) -> None:
+        """Count the repeat that follows."""
+        if step.counts:
+            self.attempt += 1
+        elif fault_of(error) is Fault.STALE:
+            self.repeats = replace(self.repeats, stales=self.repeats.stales + 1)
+        else:
+            self.since = self.since or time.monotonic()
+            self.repeats = replace(self.repeats, conflicts=self.repeats.conflicts + 1)
+
+
+def repeated(work: Callable[[], Any], flavour: Flavour) -> Any:
+    """Do *work*, which may be done twice, again for as long as its errors pass by themselves."""
+    tries, seen = _Tries(), Seen()
+    while True:
+        try:
+            return work()
+        except Exception as exc:
+            step = None if isinstance(exc, _ABORTING) else tries.judge(exc, seen)
+            if step is None:
+                raise
+            tries.count(exc, step)
+            flavour.wait(step.delay)
+
+
+class _AtCommit(Exception):  # noqa: N818  # never leaves this module
+    """The COMMIT itself failed, for good."""
+
+
+class _Suspects(Exception):  # noqa: N818  # never leaves this module
+    """Unique violations that another transaction may have caused: look again with a fresh snapshot."""
+
+    def __init__(self, places: set[int]) -> None:
+        self.places = places
+
+
+def run_chunk(chunk: Chunk, handling: Handling, settle: Callable[[Settled], None]) -> None:
+    """Run *chunk* until it is settled and committed, in one transaction or several.
+
+    Args:
+        chunk: The chunk.
+        handling: How it is handled.
+        settle: Called after each commit with what it settled.
+
+    Raises:
+        BaseException: What is no record's fault, or does not stop: a lost database, a cancellation, a misuse.
+    """
+    seen = Seen()
+    token = _seen.set(seen)
+    try:
+        try:
+            settle(_Chunk(chunk, handling, seen).run())
+        except _AtCommit:
+            for each in _singles(chunk, handling):
+                settle(_alone(each, handling, seen))
+    finally:
+        _seen.reset(token)
+
+
+def _alone(chunk: Chunk, handling: Handling, seen: Seen) -> Settled:
+    """Run one record as a chunk of its own; mark it, and nothing else, if its commit fails."""
+    try:
+        return _Chunk(chunk, handling, seen).run(_Mode.SAVEPOINTS)
+    except _AtCommit as exc:
+        assert exc.__cause__ is not None  # noqa: S101  # raised from it
+        try:
+            return _Chunk(chunk, handling, seen, verdict=exc.__cause__).run(_Mode.SAVEPOINTS)
+        except _AtCommit as again:
+            assert again.__cause__ is not None  # noqa: S101  # raised from it
+            raise again.__cause__ from exc.__cause__
+
+
+def _singles(chunk: Chunk, handling: Handling) -> list[Chunk]:
+    """Cut *chunk* into chunks of one record; together they are the same stretch."""
+    items = handling.read(lambda session: handling.source.load(session, chunk))
+    whole, singles, after, place = chunk.stretch, [], chunk.stretch.after, chunk.stretch.start
+    for number, item in enumerate(items):
+        is_last = number == len(items) - 1
+        # Rows may have come since places were given: the last place is left to the last row.
+        stop = whole.stop if is_last or whole.stop is None else min(place + 1, whole.stop - 1)
+        last = whole.last if is_last else item.place_key
+        values = None if chunk.values is None else (chunk.values[number],)
+        singles.append(type(chunk)(Stretch(place, stop, after, last), values))
+        place, after = place if stop is None else stop, last
+    return singles
+
+
+class _Chunk:
+    """One chunk on its way through the ladder.
+
+    Args:
+        chunk: The chunk.
+        handling: How it is handled.
+        seen: What the database answered.
+        verdict: What its one record has failed with already: it is only marked.
+    """
+
+    def __init__(self, chunk: Chunk, handling: Handling, seen: Seen, verdict: BaseException | None = None) -> None:
+        self._chunk = chunk
+        self._handling = handling
+        self._seen = seen
+        self._verdict = verdict
+        self._tries = _Tries()
+        self._suspects: set[int] = set()
+        self._passes = 0
+        self._settled: Settled | None = None
+        self._is_committing = False
+
+    def run(self, mode: _Mode = _Mode.PLAIN) -> Settled:
+        """Run it until it is committed."""
+        while True:
+            try:
+                return self._try(mode)
+            except _Suspects as exc:
+                self._suspects |= exc.places
+                self._passes += 1
+            except _AtCommit:
+                raise
+            except _ABORTING:
+                raise
+            except Exception as exc:
+                if self._is_committing and self._happened(exc):
+                    assert self._settled is not None  # noqa: S101  # its commit was sent
+                    return self._settled
+                step = self._tries.judge(exc, self._seen)
+                if step is not None:
+                    self._tries.count(exc, step)
+                    self._handling.check()
+                    self._handling.flavour.wait(step.delay)
+                elif fault_of(exc) in _TRANSIENT:
+                    raise
+                elif self._is_committing:
+                    raise _AtCommit from exc
+                elif mode is _Mode.PLAIN:
+                    mode = _Mode.SAVEPOINTS
+                else:
+                    raise
+
+    def _happened(self, error: BaseException) -> bool:
+        """Whether a COMMIT whose answer was lost was done."""
+        if fault_of(error) not in (Fault.CONNECTION, Fault.IDLE):
+            return False
+        answer = self._handling.was_committed()
+        if answer is None:
+            error.add_note(
+                "The connection was lost during a COMMIT of this batch, so that nobody can say whether the chunk at "
+                "hand was committed. Inside a durable task its position would say so."
+            )
+            raise error
+        return answer
+
+    def _try(self, mode: _Mode) -> Settled:
+        handling = self._handling
+        handling.check()
+        self._seen.forget()
+        self._is_committing = False
+        self._settled = None
+        opened = handling.open()
+        try:
+            session = opened.plain
+            at_every_commit(session, begun=handling.begun, committing=self._committing)
+            session.connection()
+            root = session.get_transaction()
+            items = handling.source.load(session, self._chunk)
+            if mode is _Mode.PLAIN:
+                failures = self._plain(opened, items)
+            else:
+                failures = self._in_savepoints(opened, items)
+            if session.get_transaction() is not root:
+                raise _ended_by_handler()
+            settled = Settled(self._chunk.stretch, len(items) - len(failures), tuple(failures))
+            self._settled = settled
+            self._is_committing = True
+            opened.commit()
+        except BaseException as exc:
+            if fault_of(exc) is Fault.STALE:
+                # The server answers, so the pool would hand the connection out again.
+                opened.plain.invalidate()
+            raise
+        finally:
+            opened.end()
+        return settled
+
+    def _committing(self, connection: Connection) -> None:
+        if not self._is_committing or self._settled is None:
+            raise _ended_by_handler()
+        self._handling.committing(connection, self._settled)
+
+    # --- plain ------------------------------------------------------------------------------------------------
+
+    def _plain(self, opened: Opened, items: list[Item]) -> list[tuple[Any, BaseException]]:
+        for item in items:
+            if item.missing is not None:
+                raise item.missing
+        call, handler = self._handling.flavour.call, self._handling.handler
+        if self._handling.per_chunk:
+            if items:
+                call(handler, opened, [item.value for item in items])
+        else:
+            for item in items:
+                call(handler, opened, item.value)
+        opened.plain.flush()
+        return []
+
+    # --- record by record -------------------------------------------------------------------------------------
+
+    def _in_savepoints(self, opened: Opened, items: list[Item]) -> list[tuple[Any, BaseException]]:
+        failures: list[tuple[Any, BaseException]] = []
+        suspects: set[int] = set()
+        for number, item in enumerate(items):
+            # Only this record's: what the database answered to one before it was judged with that one.
+            self._seen.forget()
+            error = self._verdict or item.missing or self._one(opened, item)
+            if error is None:
+                continue
+            if self._may_be_a_race(opened.plain, error) and number not in self._suspects:
+                suspects.add(number)
+                continue
+            self._mark(opened, item, error)
+            failures.append((item.key, error))
+        if suspects:
+            raise _Suspects(suspects)
+        return failures
+
+    def _may_be_a_race(self, session: Session, error: BaseException) -> bool:
+        # On SQLite nobody else writes meanwhile.
+        if session.get_bind().dialect.name == "sqlite" or self._passes >= UNIQUE_LIMIT:
+            return False
+        return fault_of(error) is Fault.UNIQUE or self._seen.unique
+
+    def _one(self, opened: Opened, item: Item) -> BaseException | None:
+        """Handle one record in a savepoint; return what it failed with."""
+        handling = self._handling
+        value = [item.value] if handling.per_chunk else item.value
+        return self._guarded(opened, lambda: handling.flavour.call(handling.handler, opened, value))
+
+    def _mark(self, opened: Opened, item: Item, error: BaseException) -> None:
+        """Have ``on_error`` mark a record, in a savepoint of its own."""
+        on_error = self._handling.on_error
+        if on_error is None:
+            return
+        if item.missing is None:
+            _refresh(opened.plain, item.value)
+        failed = self._guarded(opened, lambda: self._handling.flavour.call(on_error, opened, item.value, error))
+        if failed is not None:
+            failed.add_note(
+                f"on_error itself failed, marking a record that had failed with {type(error).__name__}: the batch "
+                "stops, because what cannot be marked would be lost in silence."
+            )
+            stop = BatchError(f"on_error failed with {type(failed).__name__}; the chunk was rolled back.")
+            raise stop from failed
+
+    def _guarded(self, opened: Opened, work: Callable[[], Any]) -> BaseException | None:
+        """Do *work* in a savepoint; return the error that is its own, raise what concerns the whole chunk."""
+        session = opened.plain
+        savepoint = session.begin_nested()
+        try:
+            work()
+            if session.get_nested_transaction() is not savepoint:
+                raise _ended_by_handler()
+            savepoint.commit()
+        except _ABORTING:
+            raise
+        except Exception as exc:
+            if self._tries.judge(exc, self._seen) is not None or fault_of(exc) in _TRANSIENT:
+                raise
+            if savepoint.is_active or session.get_nested_transaction() is savepoint:
+                savepoint.rollback()
+            return exc
+        return None
+
+
+def _ended_by_handler() -> BatchError:
+    return BatchError(
+        "The handler committed, rolled back or closed the session of its chunk. A chunk is one transaction, with the "
+        "note of how far the batch is in it, and it is committed for you: leave that out. To undo one record, raise; "
+        "for a part of one, with session.begin_nested()."
+    )
+
+
+def _refresh(session: Session, value: Any) -> None:
+    """Load a row anew after its savepoint was rolled back: in async code it could not do so itself."""
+    state = inspect(value, raiseerr=False)
+    mapped = state is not None and hasattr(state, "mapper") and hasattr(state, "session")
+    if mapped and state.session is session and state.persistent:
+        session.refresh(value)

@@ -1,0 +1,318 @@
+"""Where records come from: cut into chunks one after the other, and loaded chunk by chunk."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sized
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final, Protocol
+
+from sqlalchemy import Column, ColumnElement, Select, bindparam, func, inspect, select, tuple_
+from sqlalchemy.orm import Mapper
+
+from aftercommit.batches.stretches import Stretch
+from aftercommit.errors import ConfigurationError, RowGone
+from aftercommit.tasks.references import KeyCodec
+
+if TYPE_CHECKING:
+    from sqlalchemy.orm import Session
+
+__all__ = ["Chunk", "Item", "Source", "source_of"]
+
+_PAGES_AHEAD: Final = 32
+"""Chunks whose keys are read with one statement."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One record.
+
+    Attributes:
+        key: What a report calls it.
+        value: What the handler is given.
+        missing: Why there is nothing to give, or None.
+        place_key: Its key as a stretch has it; None for values.
+    """
+
+    key: Any
+    value: Any
+    missing: Exception | None = None
+    place_key: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Records of one transaction.
+
+    Attributes:
+        stretch: Where they are.
+        values: The values, or keys; None for rows, which are found by their keys.
+    """
+
+    stretch: Stretch
+    values: tuple[Any, ...] | None = None
+
+
+class Source(Protocol):
+    """Records, in order."""
+
+    codec: KeyCodec | None
+
+    def next(self, read: Callable[[Callable[[Session], Any]], Any], following: Callable[[Any], Any]) -> Chunk | None:
+        """Cut the next chunk; None at the end. One lane at a time.
+
+        Args:
+            read: Runs a function in a short session.
+            following: Gives the next value of an iterator.
+        """
+        ...
+
+    def load(self, session: Session, chunk: Chunk) -> list[Item]:
+        """The records of *chunk*, with one statement."""
+        ...
+
+    def count(self, read: Callable[[Callable[[Session], Any]], Any]) -> int | None:
+        """How many records are left, where that can be said."""
+        ...
+
+
+def source_of(source: Any, entity: type | None, *, size: int, is_async: bool) -> Callable[[list[Stretch]], Source]:
+    """Return what makes the source of what a user gave, once it is known what is left of it.
+
+    Raises:
+        ConfigurationError: For what cannot be a source.
+    """
+    if isinstance(source, Select):
+        mapper = _mapper_of(source, entity)
+        return lambda left: _Rows(source, mapper, size, left)
+    if isinstance(source, AsyncIterable) and not is_async:
+        raise ConfigurationError("The source is an async generator: write await db.async_run_batch(…) to read it.")
+    if isinstance(source, (str, bytes)) or not isinstance(source, (Iterable, AsyncIterable)):
+        raise ConfigurationError(
+            f"A batch runs over a Select of a mapped class, keys with entity=…, or any iterable of values; "
+            f"{type(source).__name__} is none of them."
+        )
+    keyed = None if entity is None else _entity_mapper(entity)
+    return lambda left: _Values(source, keyed, size, left)
+
+
+def _entity_mapper(entity: Any) -> Mapper[Any]:
+    mapper = inspect(entity, raiseerr=False)
+    if not isinstance(mapper, Mapper):
+        raise ConfigurationError(f"entity={entity!r} is no mapped class.")
+    return mapper
+
+
+def _mapper_of(statement: Select[Any], entity: type | None) -> Mapper[Any]:
+    if entity is not None:
+        raise ConfigurationError("entity= says of which class keys are; a Select says so itself. Leave it out.")
+    described = statement.column_descriptions
+    if len(described) != 1 or described[0]["expr"] is not described[0].get("entity"):
+        raise ConfigurationError(
+            "A batch runs over a Select of one mapped class, whose rows the handler is given: select(Order).where(…). "
+            "To work on columns, select their keys and pass these with entity=…."
+        )
+    mapper = inspect(described[0]["expr"], raiseerr=False)
+    if not isinstance(mapper, Mapper):
+        raise ConfigurationError(
+            "A batch pages on the primary key of a mapped class, and this Select is of an alias. Select the class."
+        )
+    # No public name says that a limit was set (2.0 and 2.1).
+    if statement._limit_clause is not None or statement._offset_clause is not None:  # noqa: SLF001
+        raise ConfigurationError(
+            "This Select has a limit or an offset, which pages of a batch would count anew. Leave them out, or pass "
+            "the keys: run_batch(session.scalars(…).all(), …, entity=…)."
+        )
+    return mapper
+
+
+# --- rows -------------------------------------------------------------------------------------------------------
+
+
+class _Rows:
+    """Rows of a Select, page by page on the primary key: whatever appears or vanishes, no page moves."""
+
+    def __init__(self, statement: Select[Any], mapper: Mapper[Any], size: int, left: list[Stretch]) -> None:
+        self._statement = statement.order_by(None).order_by(*mapper.primary_key)
+        self._columns = mapper.primary_key
+        self.codec: KeyCodec | None = KeyCodec(mapper)
+        self._mapper = mapper
+        self._size = size
+        self._left = deque(left)
+        self._pages: deque[Chunk] = deque()
+        inner = statement.order_by(None).subquery()
+        self._inner = [_inside(inner, column) for column in self._columns]
+
+    def next(self, read: Callable[[Callable[[Session], Any]], Any], following: Callable[[Any], Any]) -> Chunk | None:  # noqa: ARG002
+        """The next page."""
+        while not self._pages:
+            if not self._left:
+                return None
+            self._cut(self._left.popleft(), read)
+        return self._pages.popleft()
+
+    def _cut(self, gap: Stretch, read: Callable[[Callable[[Session], Any]], Any]) -> None:
+        """Cut some pages off *gap*, and put back what is left of it."""
+        wanted = self._size * _PAGES_AHEAD
+        after = gap.after
+        statement = select(*self._inner).order_by(*self._inner).limit(wanted).distinct()
+        for condition in self._between(self._inner, after, gap.last):
+            statement = statement.where(condition)
+        keys = [tuple(row) for row in read(lambda session: session.execute(statement).all())]
+        place = gap.start
+        for first in range(0, len(keys), self._size):
+            page = keys[first : first + self._size]
+            stop = place + len(page)
+            last = self._write(page[-1])
+            is_rest = gap.stop is not None and (stop >= gap.stop or (first + self._size >= len(keys) < wanted))
+            if is_rest:
+                # A gap between two stretches: however many rows there are in it by now, its last page closes it.
+                self._pages.append(Chunk(Stretch(place, gap.stop, after, gap.last)))
+                return
+            self._pages.append(Chunk(Stretch(place, stop, after, last)))
+            place, after = stop, last
+        if len(keys) == wanted or (keys and gap.stop is None):
+            # Behind the last row another may have appeared by the time we get there.
+            self._left.appendleft(Stretch(place, gap.stop, after, gap.last))
+
+    def load(self, session: Session, chunk: Chunk) -> list[Item]:
+        """The rows of the page, as they are now."""
+        statement = self._statement
+        for condition in self._between(self._columns, chunk.stretch.after, chunk.stretch.last):
+            statement = statement.where(condition)
+        rows = session.scalars(statement).unique().all()
+        return [self._item(row) for row in rows]
+
+    def _item(self, row: Any) -> Item:
+        identity = inspect(row).identity
+        return Item(_shown(identity), row, place_key=self._write(identity))
+
+    def count(self, read: Callable[[Callable[[Session], Any]], Any]) -> int | None:
+        """How many rows are left."""
+        total = 0
+        for gap in self._left:
+            statement = select(*self._inner).distinct()
+            for condition in self._between(self._inner, gap.after, gap.last):
+                statement = statement.where(condition)
+            counting = select(func.count()).select_from(statement.subquery())
+            total += int(read(lambda session, counting=counting: session.scalar(counting)) or 0)
+        return total
+
+    def _write(self, key: tuple[Any, ...]) -> list[Any]:
+        assert self.codec is not None  # noqa: S101  # of rows, always
+        return self.codec.write(key)
+
+    def _between(self, columns: Any, after: Any, last: Any) -> list[ColumnElement[bool]]:
+        found: list[ColumnElement[bool]] = []
+        if after is not None:
+            found.append(_compare(columns, self._bound(after), greater=True))
+        if last is not None:
+            found.append(_compare(columns, self._bound(last), greater=False))
+        return found
+
+    def _bound(self, stored: list[Any]) -> list[Any]:
+        assert self.codec is not None  # noqa: S101  # of rows, always
+        values = self.codec.read(stored)
+        return [bindparam(None, value, type_=column.type) for value, column in zip(values, self._columns, strict=True)]
+
+
+def _inside(subquery: Any, column: Column[Any]) -> ColumnElement[Any]:
+    found = subquery.corresponding_column(column)
+    if found is None:
+        raise ConfigurationError("This Select does not load the primary key of its class. Select the class itself.")
+    return found  # type: ignore[no-any-return]  # a subquery's column
+
+
+def _compare(columns: Any, values: list[Any], *, greater: bool) -> ColumnElement[bool]:
+    if len(values) == 1:
+        return columns[0] > values[0] if greater else columns[0] <= values[0]  # type: ignore[no-any-return]  # a column
+    left, right = tuple_(*columns), tuple_(*values)
+    return left > right if greater else left <= right
+
+
+def _shown(identity: Any) -> Any:
+    return identity[0] if len(identity) == 1 else tuple(identity)
+
+
+# --- values -----------------------------------------------------------------------------------------------------
+
+
+class _Values:
+    """Values one after the other, or keys whose rows are loaded chunk by chunk."""
+
+    codec: KeyCodec | None = None
+
+    def __init__(self, source: Any, mapper: Mapper[Any] | None, size: int, left: list[Stretch]) -> None:
+        self._source = source
+        self._iterator: Iterator[Any] | AsyncIterator[Any] | None = None
+        self._mapper = mapper
+        self._size = size
+        self._left = deque(left)
+        self._place = 0
+
+    def next(self, read: Callable[[Callable[[Session], Any]], Any], following: Callable[[Any], Any]) -> Chunk | None:  # noqa: ARG002
+        """The next values."""
+        if self._iterator is None:
+            self._iterator = aiter(self._source) if isinstance(self._source, AsyncIterable) else iter(self._source)
+        while self._left:
+            gap = self._left[0]
+            try:
+                while self._place < gap.start:
+                    following(self._iterator)
+                    self._place += 1
+                stop = None if gap.stop is None else gap.stop - gap.start
+                values = self._take(self._size if stop is None else min(self._size, stop), following)
+            except StopIteration:
+                values = []
+            if not values:
+                self._left.clear()
+                return None
+            self._place = gap.start + len(values)
+            if self._place == gap.stop:
+                self._left.popleft()
+            else:
+                self._left[0] = Stretch(self._place, gap.stop)
+            return Chunk(Stretch(gap.start, self._place), tuple(values))
+        return None
+
+    def _take(self, wanted: int, following: Callable[[Any], Any]) -> list[Any]:
+        values: list[Any] = []
+        while len(values) < wanted:
+            try:
+                values.append(following(self._iterator))
+            except StopIteration:
+                break
+        return values
+
+    def load(self, session: Session, chunk: Chunk) -> list[Item]:
+        """The values; for keys, their rows."""
+        assert chunk.values is not None  # noqa: S101  # cut above
+        if self._mapper is None:
+            return [Item(value, value) for value in chunk.values]
+        return self._rows(session, self._mapper, chunk.values)
+
+    def _rows(self, session: Session, mapper: Mapper[Any], keys: tuple[Any, ...]) -> list[Item]:
+        columns = mapper.primary_key
+        wanted = [tuple(key) if isinstance(key, (tuple, list)) else (key,) for key in keys]
+        if len(columns) == 1:
+            condition = columns[0].in_([key[0] for key in wanted])
+        else:
+            condition = tuple_(*columns).in_(wanted)
+        rows = session.scalars(select(mapper.class_).where(condition)).unique().all()
+        found = {tuple(inspect(row).identity): row for row in rows}
+        return [
+            Item(_shown(key), found[key]) if key in found else Item(_shown(key), _shown(key), missing=_gone(mapper, key))
+            for key in wanted
+        ]
+
+    def count(self, read: Callable[[Callable[[Session], Any]], Any]) -> int | None:  # noqa: ARG002
+        """How many are left, if the source can say."""
+        if not isinstance(self._source, Sized):
+            return None
+        known = len(self._source)
+        return sum(max(0, (known if gap.stop is None else gap.stop) - gap.start) for gap in self._left)
+
+
+def _gone(mapper: Mapper[Any], key: tuple[Any, ...]) -> RowGone:
+    text = f"{mapper.class_.__name__}({', '.join(map(str, key))}{',' if len(key) == 1 else ''})"
+    return RowGone(f"{text} does not exist.", task="", row=text)

@@ -1,0 +1,83 @@
+"""A batch in a process that is killed (SIGKILL), again and again, anywhere: nothing twice, nothing left out."""
+
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from aftercommit import TaskRecord
+from tests.crash.batch_child import BAD, COUNT, Base, Record, make
+from tests.support.databases import DatabaseUnderTest
+from tests.support.processes import Log, spawn
+
+ROOT = Path(__file__).parents[2]
+
+
+class Child:
+    """One life of the worker process."""
+
+    def __init__(self, database: DatabaseUnderTest, workers: int, point: str) -> None:
+        command = [sys.executable, "-m", "tests.crash.batch_child", database.url, database.driver, str(workers), point]
+        self.process = spawn(command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
+        assert self.process.stdout is not None
+        self.log = Log(self.process.stdout)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.log.join()
+
+
+@pytest.fixture
+def engine(database: DatabaseUnderTest) -> Iterator[sa.Engine]:
+    """Somebody else's engine on a database with records, and a task that waits."""
+    engine = sa.create_engine(database.sync_url)
+    Base.metadata.create_all(engine)
+    # Any flavour writes the same record.
+    db = make(database.sync_url, is_async=False, workers=1)
+    db.create_tables()
+    with db.session() as session:
+        session.add_all(Record(id=number) for number in range(1, COUNT + 1))
+        db.after_commit(session, db.tasks["work"])
+    db.dispose()
+    yield engine
+    engine.dispose()
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_killed_anywhere_a_batch_goes_on_from_its_last_commit(
+    database: DatabaseUnderTest, engine: sa.Engine, workers: int
+) -> None:
+    """Killed in a handler, and before COMMITs, five times over: every good record once, every bad one marked once."""
+    points = ["commit:1", "handler:12", "commit:3", "handler:40", "commit:4"]
+
+    for point in points:
+        child = Child(database, workers, point)
+        try:
+            child.log.wait_for("AT ")
+        except RuntimeError:
+            # A wide batch may have passed the point by the time that it was rescued.
+            assert workers > 1, child.log.text
+        finally:
+            child.kill()
+        with Session(engine) as session, session.begin():
+            # Five lives for five deaths, and one to finish.
+            session.execute(sa.update(TaskRecord).values(max_attempts=20))
+    last = Child(database, workers, "")
+    try:
+        last.log.wait_for("DRAINED", timeout=60.0)
+    finally:
+        last.kill()
+
+    with Session(engine) as session:
+        record = session.scalars(sa.select(TaskRecord)).one()
+        assert (record.state, record.result) == ("succeeded", COUNT), record.traceback
+        rows = {row.id: (row.n, row.marks) for row in session.scalars(sa.select(Record))}
+    assert rows == {number: (0, 1) if number in BAD else (1, 0) for number in range(1, COUNT + 1)}
