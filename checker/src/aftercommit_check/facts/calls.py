@@ -32,6 +32,7 @@ TO_SEQUENCE = frozenset("list set tuple sorted reversed frozenset".split())
 PYDANTIC_MAKERS = frozenset(
     "from_orm model_validate parse_obj validate construct model_construct parse_raw model_validate_json from_attributes".split()
 )
+AS_CONTEXT = "as a context manager"
 COPIES = frozenset({"copy", "model_copy", "__copy__"})
 DUMPS = frozenset({"dict", "model_dump", "json", "model_dump_json", "to_dict", "as_dict", "asdict"})
 
@@ -43,6 +44,8 @@ def call(ev: Evaluator, node: ast.Call, scope: Scope) -> Value:
         return _construct(ev, func, node, scope)
     if func.kind in (Kind.FUNCTION, Kind.METHOD) and func.func is not None:
         found = functions.result(ev, func.func, func.receiver, (node, scope))
+        if func.name == AS_CONTEXT and found.kind is Kind.SEQUENCE:
+            found = Value(Kind.CONTEXT, element=found.element, func=func.func)
         return _opened(found, node, scope)
     if func.kind is Kind.FACTORY:
         return Value(
@@ -152,6 +155,8 @@ def external(ev: Evaluator, name: str, node: ast.Call, scope: Scope) -> Value:
         return argument(ev, node, scope, 0)
     if name == "functools.partial":
         return Value(Kind.PARTIAL, receiver=argument(ev, node, scope, 0), call=(node, scope))
+    if name in ("contextlib.contextmanager", "contextlib.asynccontextmanager"):
+        return argument(ev, node, scope, 0).but(name=AS_CONTEXT)
     if name in ("contextlib.closing", "contextlib.aclosing"):
         return Value(Kind.CONTEXT, element=argument(ev, node, scope, 0))
     if name in ("typing.cast", "typing_extensions.cast") and node.args:

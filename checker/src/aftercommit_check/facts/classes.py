@@ -121,6 +121,19 @@ def find_method(ev: Evaluator, cls: Class, name: str) -> Function | None:
     return next((part.methods[name] for part in lineage(ev, cls) if name in part.methods), None)
 
 
+def implementations(ev: Evaluator, cls: Class) -> list[Class]:
+    """Return the classes of the project that derive from *cls*, by the names in their class statements."""
+    found = []
+    for path, name in ev.project.subclasses(cls.name)[:4]:
+        module = ev.project.load(path)
+        if module is None:
+            continue
+        value = ev.member(module, name)
+        if value.kind is Kind.CLASS and value.cls is not None and cls in set(lineage(ev, value.cls)):
+            found.append(value.cls)
+    return found
+
+
 def find_members(ev: Evaluator, cls: Class, name: str) -> Iterator[tuple[Class, Binding]]:
     """Yield what binds *name* in the class bodies of *cls* and its bases, nearest first."""
     for part in lineage(ev, cls):

@@ -16,6 +16,12 @@ if TYPE_CHECKING:
 
 CONTEXT_MANAGERS = frozenset({"contextmanager", "asynccontextmanager"})
 DEPENDS = frozenset({"Depends", "Security"})
+EXPUNGING = frozenset({"expunge", "expunge_all", "make_transient"})
+EXPUNGED = "expunged"
+NOT_ATTACHING = frozenset(
+    "add_task BackgroundTask create_task ensure_future submit run_in_executor to_thread Thread gather start_soon "
+    "print str repr len isinstance info debug warning error exception append extend model_validate from_orm getattr".split()
+)
 ENDPOINT_VERBS = frozenset({"get", "post", "put", "patch", "delete", "options", "head", "api_route", "route", "websocket"})
 
 
@@ -252,9 +258,35 @@ def _result(ev: Evaluator, func: Function) -> Value:
             value = declared.but(fresh=True)
     if value.kind is Kind.SESSION and value.origin is Origin.UNKNOWN:
         value = value.but(origin=Origin.OPENED)
+    if any(annotations.last_name(call.func) in EXPUNGING for call, _ in func.body.calls):
+        value = unattached(value)
     if func.is_async:
         return Value(Kind.COROUTINE, element=value, func=func, steps=value.steps)
     return value
+
+
+def unattached(value: Value) -> Value:
+    """Return *value* with its rows marked as taken out of their session on purpose."""
+    if value.kind is Kind.INSTANCE and value.mapped:
+        return value.but(fresh=True, owner=EXPUNGED)
+    if value.kind in (Kind.TUPLE, Kind.ROW):
+        return value.but(args=tuple(unattached(part) for part in value.args))
+    if value.kind in (Kind.SEQUENCE, Kind.MAPPING) and value.element is not None:
+        return value.but(element=unattached(value.element))
+    return value
+
+
+def attaches(scope: Function, name: str) -> bool:
+    """Return whether *scope* passes the new row *name* on to something that may add it to a session."""
+    for call, _ in scope.body.calls:
+        last = annotations.last_name(call.func)
+        if last in NOT_ATTACHING:
+            continue
+        for node in [*call.args, *(keyword.value for keyword in call.keywords)]:
+            parts = node.elts if isinstance(node, ast.List | ast.Tuple) else [node]
+            if any(isinstance(part, ast.Name) and part.id == name for part in parts):
+                return True
+    return False
 
 
 def _yielded(ev: Evaluator, node: ast.Yield | ast.YieldFrom, func: Function) -> Value:

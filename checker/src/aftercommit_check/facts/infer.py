@@ -172,6 +172,8 @@ class Evaluator:
                 given = frame.get(name) if frame else None
                 values.append(given if given is not None and given.is_known else functions.param_value(self, scope, param))
             value = join(values)
+            if value.fresh and value.mapped and value.owner != functions.EXPUNGED and functions.attaches(scope, name):
+                value = value.but(fresh=False)
             return self._grown(name, scope, value)
         bindings = scope.bindings.get(name, [])
         if not bindings:

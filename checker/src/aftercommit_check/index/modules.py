@@ -19,6 +19,11 @@ MAX_LINES_IN_MEMORY = 60_000
 PYTHON_2 = re.compile(r"^\s*(print\s+[\"'\w%]|except\s+[\w.]+\s*,\s*\w+\s*:|exec\s+[\"'])", re.MULTILINE)
 
 
+CLASS_STATEMENT = re.compile(rb"^[ \t]*class[ \t]+(\w+)[ \t]*\(([^)]*)\)", re.MULTILINE)
+EVERY_CLASS = "*"
+"""Among the things consulted: the class statements of all files."""
+
+
 class Module:
     """One parsed file.
 
@@ -105,6 +110,8 @@ class Project:
             tail = os.path.basename(os.path.dirname(path)) if name.startswith("__init__.") else name.rpartition(".")[0]
             self._by_tail.setdefault(tail, []).append(path)
         self._resolved: dict[tuple[str, str], str | None] = {}
+        self._subclasses: dict[str, list[tuple[str, str]]] | None = None
+        self.files = [os.path.abspath(file) for file in files]
 
     def load(self, path: str) -> Module | None:
         """Return the module at *path*, or None if it cannot be read as Python 3."""
@@ -123,6 +130,22 @@ class Project:
             self.unreadable[path] = str(error)
         self._modules[path] = module
         return module
+
+    def subclasses(self, name: str) -> list[tuple[str, str]]:
+        """Return the files and names of classes that name *name* among their bases, by their class statements alone."""
+        if self._subclasses is None:
+            self._subclasses = {}
+            for path in self.files:
+                try:
+                    data = read_bytes(path)
+                except UnreadableSourceError:
+                    continue
+                for match in CLASS_STATEMENT.finditer(data):
+                    child = match.group(1).decode("ascii", errors="replace")
+                    for base in set(re.findall(rb"\w+", match.group(2))):
+                        self._subclasses.setdefault(base.decode("ascii", errors="replace"), []).append((path, child))
+        self.consulted[EVERY_CLASS] = ""
+        return self._subclasses.get(name, [])
 
     def trim(self) -> None:
         """Forget the least recently used modules; called between files, when nobody holds their nodes."""
