@@ -276,10 +276,10 @@ def _connection(name: str, node: ast.Call, scope: Scope) -> Value:
 
 def _session_method(ev: Evaluator, receiver: Value, name: str, node: ast.Call, scope: Scope) -> Value:
     if name == "query":
-        return Value(Kind.QUERY, args=_entities(ev, node, scope), steps=receiver.steps)
+        return Value(Kind.QUERY, args=_of(receiver, _entities(ev, node, scope)), steps=receiver.steps)
     if name in ("execute", "exec", "stream", "scalars", "stream_scalars", "scalar"):
         statement = argument(ev, node, scope, 0, "statement")
-        args = statement.args if statement.kind is Kind.QUERY else ()
+        args = _of(receiver, statement.args) if statement.kind is Kind.QUERY else ()
         first = args[0].but(steps=receiver.steps) if args else UNKNOWN
         if name == "scalar":
             return first
@@ -287,7 +287,7 @@ def _session_method(ev: Evaluator, receiver: Value, name: str, node: ast.Call, s
             return Value(Kind.SCALARS, element=first, steps=receiver.steps)
         return Value(Kind.RESULT, args=args, steps=receiver.steps)
     if name in ("get", "get_one"):
-        return entity(ev, argument(ev, node, scope, 0, "entity")).but(steps=receiver.steps)
+        return entity(ev, argument(ev, node, scope, 0, "entity")).but(steps=receiver.steps, origin=receiver.origin)
     if name == "merge":
         return argument(ev, node, scope, 0, "instance").but(fresh=False)
     if name == "connection":
@@ -300,6 +300,11 @@ def _session_method(ev: Evaluator, receiver: Value, name: str, node: ast.Call, s
     if name in ("__enter__", "__aenter__"):
         return receiver
     return NONE if name in ("add", "add_all", "commit", "flush", "refresh", "rollback", "close", "delete") else UNKNOWN
+
+
+def _of(session: Value, rows: tuple[Value, ...]) -> tuple[Value, ...]:
+    """Note on rows where the session that loads them comes from."""
+    return tuple(row.but(origin=session.origin) if row.mapped else row for row in rows)
 
 
 def _query_method(ev: Evaluator, receiver: Value, name: str, node: ast.Call, scope: Scope) -> Value:

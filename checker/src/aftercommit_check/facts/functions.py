@@ -256,13 +256,63 @@ def _result(ev: Evaluator, func: Function) -> Value:
         known = [item for item in made if item.kind not in (Kind.NONE, Kind.UNKNOWN)]
         if known and all(item.fresh for item in known):
             value = declared.but(fresh=True)
+    else:
+        value = _concrete(ev, func, value)
     if value.kind is Kind.SESSION and value.origin is Origin.UNKNOWN:
         value = value.but(origin=Origin.OPENED)
-    if any(annotations.last_name(call.func) in EXPUNGING for call, _ in func.body.calls):
+    if any(annotations.last_name(call.func) in EXPUNGING for call, _ in func.body.calls) or _outlives_session(ev, func, value):
         value = unattached(value)
     if func.is_async:
         return Value(Kind.COROUTINE, element=value, func=func, steps=value.steps)
     return value
+
+
+def _outlives_session(ev: Evaluator, func: Function, value: Value) -> bool:
+    """Return whether the rows that *func* returns come from a session that it opened itself: they are detached by then."""
+    if not has_row(value) or not any(annotations.last_name(call.func) not in NOT_ATTACHING for call, _ in func.body.calls):
+        return False
+    found = [ev.infer(node, func) for node in func.body.returns]
+    rows = [row for item in found for row in rows_in(item)]
+    if rows and all(row.origin is Origin.OPENED for row in rows):
+        return True
+    # Added to, or refreshed by, a session of the function's own.
+    names = {node.id for node in func.body.returns if isinstance(node, ast.Name)}
+    for call, scope in func.body.calls:
+        if annotations.last_name(call.func) in ("add", "merge", "refresh", "delete") and isinstance(call.func, ast.Attribute):
+            if any(isinstance(arg, ast.Name) and arg.id in names for arg in call.args):
+                session = ev.infer(call.func.value, scope)
+                return session.kind is Kind.SESSION and session.origin is Origin.OPENED
+    return False
+
+
+def rows_in(value: Value | None, depth: int = 3) -> list[Value]:
+    """Return the rows of mapped classes in *value*."""
+    if value is None or depth == 0:
+        return []
+    if value.kind is Kind.INSTANCE:
+        return [value] if value.mapped else []
+    if value.kind in (Kind.TUPLE, Kind.ROW):
+        return [row for part in value.args for row in rows_in(part, depth - 1)]
+    return rows_in(value.element, depth - 1) if value.kind in (Kind.SEQUENCE, Kind.MAPPING, Kind.SCALARS) else []
+
+
+def has_row(value: Value) -> bool:
+    """Return whether a row of a mapped class is in *value*."""
+    return bool(rows_in(value))
+
+
+def _concrete(ev: Evaluator, func: Function, declared: Value) -> Value:
+    """Prefer what is really made to the declared base class: it knows what it was given."""
+    inner = declared.element if declared.kind is Kind.SEQUENCE else declared
+    if inner is None or inner.kind is not Kind.INSTANCE or inner.cls is None or inner.mapped:
+        return declared
+    if not 0 < len(func.body.returns) <= 4 or func.returns is None:
+        return declared
+    made = join([ev.infer(node, func) for node in func.body.returns])
+    found = made.element if made.kind is Kind.SEQUENCE else made
+    if found is None or found.kind is not Kind.INSTANCE or found.cls is None or found.call is None:
+        return declared
+    return made if made.kind is declared.kind and inner.cls in set(classes.lineage(ev, found.cls)) else declared
 
 
 def unattached(value: Value) -> Value:

@@ -131,7 +131,7 @@ def _touch(ev: Evaluator, func: Function, call: ast.Call, scope: Scope, depth: i
         if receiver.kind is Kind.SESSION:
             return receiver if is_foreign(receiver, func) else None
         if receiver.kind in (Kind.INSTANCE, Kind.CLASS) and not receiver.mapped and callee.func.params:
-            if receiver.call is not None and not brings_session(ev, receiver):
+            if receiver.call is not None and not brings_session(ev, receiver, func):
                 return _touch_arguments(ev, func, call, scope, callee, depth, seen)
             for method, owner in _implementations(ev, callee.func, receiver):
                 found = touches(ev, method, {method.params[0].name: owner}, depth + 1, seen)
@@ -140,16 +140,20 @@ def _touch(ev: Evaluator, func: Function, call: ast.Call, scope: Scope, depth: i
     return _touch_arguments(ev, func, call, scope, callee, depth, seen)
 
 
-def brings_session(ev: Evaluator, value: Value) -> bool:
-    """Return whether an object was given a session when it was made.
+def brings_session(ev: Evaluator, value: Value, func: Function | None = None) -> bool:
+    """Return whether an object was given somebody else's session when it was made.
 
-    One that was not opens its own: whatever it works with is not the request's.
+    One that was not opens its own, or works with one that *func* opened: not the request's.
     """
     if value.call is None:
         return True
     node, scope = value.call
     given = [*node.args, *(keyword.value for keyword in node.keywords)]
-    return any(holds_session(ev, ev.infer(part, scope)) is not None for part in given if not isinstance(part, ast.Constant))
+    for part in given:
+        held = holds_session(ev, ev.infer(part, scope)) if not isinstance(part, ast.Constant) else None
+        if held is not None and (is_foreign(held, func) if func is not None else held.origin is not Origin.OPENED):
+            return True
+    return False
 
 
 def _implementations(ev: Evaluator, method: Function, receiver: Value) -> Iterator[tuple[Function, Value]]:
