@@ -189,7 +189,7 @@ _wrappers: dict[str, str] = {}
 def _start(world: _World) -> None:
     global _project, _wrappers  # noqa: PLW0603 - a worker process has one project
     sys.setrecursionlimit(max(sys.getrecursionlimit(), RECURSION_LIMIT))
-    gc.freeze()
+    gc.disable()  # millions of syntax nodes make every collection slow; Project.trim collects when it forgets
     _project = Project(world.root, world.files, world.base)
     _wrappers = world.wrappers
 
@@ -225,8 +225,13 @@ def _check_all(paths: list[str], world: _World, jobs: int) -> Iterator[tuple[str
     jobs = min(jobs or os.cpu_count() or 1, 8)
     sizes = [os.path.getsize(path) for path in paths]
     if jobs == 1 or sum(sizes) < SMALL:
+        collecting = gc.isenabled()
         _start(world)
-        yield from _check_chunk(paths)
+        try:
+            yield from _check_chunk(paths)
+        finally:
+            if collecting:
+                gc.enable()
         return
     context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn")
     with ProcessPoolExecutor(jobs, mp_context=context, initializer=_start, initargs=(world,)) as pool:

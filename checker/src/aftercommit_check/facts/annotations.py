@@ -24,6 +24,10 @@ SCALARS = frozenset("int str float bool bytes complex UUID Decimal datetime date
 
 def annotation(ev: Evaluator, node: ast.expr, scope: Scope) -> Value:
     """Return an instance of what *node* names; unknown if that cannot be told."""
+    return ev.remembered(("annotation", node, scope), lambda: _annotation(ev, node, scope))
+
+
+def _annotation(ev: Evaluator, node: ast.expr, scope: Scope) -> Value:
     if isinstance(node, ast.Constant):
         if isinstance(node.value, str):
             try:

@@ -155,11 +155,8 @@ def type_mapping(ev: Evaluator, cls: Class, args: tuple[Value, ...], target: Cla
         given: tuple[Value, ...] = ()
         if isinstance(node, ast.Subscript):
             parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-            ev.type_variables.append(own)
-            try:
+            with ev.typed(own):
                 given = tuple(ev.annotation(part, scope) for part in parts)
-            finally:
-                ev.type_variables.pop()
         return type_mapping(ev, base.cls, given, target, depth + 1)
     return own
 

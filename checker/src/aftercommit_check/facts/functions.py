@@ -188,7 +188,9 @@ def result(
         variables = classes.type_mapping(ev, receiver.cls, receiver.args, func.owner)
     needs_frame = call is not None and _has_bare_params(func)
     key: tuple[object, ...] = ("result", func, receiver.cls if receiver else None)
-    simple = not needs_frame and not any(value.is_known for value in variables.values()) and not ev.frames
+    typed = any(value.is_known for value in variables.values())
+    own = receiver is None or receiver.call is None
+    simple = not needs_frame and not typed and own and func not in ev.frames
     if simple and key in ev.function_facts:
         known = ev.function_facts[key]
         return known if isinstance(known, Value) else UNKNOWN
@@ -196,9 +198,8 @@ def result(
     if active in ev.function_facts:
         return UNKNOWN
     ev.function_facts[active] = True
-    ev.type_variables.append(variables)
-    if not variables:
-        ev.type_variables.pop()
+    if typed:
+        ev.type_variables.append(variables)
     try:
         if needs_frame and call is not None:
             given = {name: ev.infer(node, scope) for name, node, scope in bind(func, call[0], call[1], skip=receiver is not None)}
@@ -211,10 +212,10 @@ def result(
         else:
             value = _result(ev, func)
     finally:
-        if variables:
+        if typed:
             ev.type_variables.pop()
         del ev.function_facts[active]
-    if simple and receiver is None:
+    if simple:
         ev.function_facts[key] = value
     return value
 

@@ -25,12 +25,15 @@ from aftercommit_check.facts.values import (
 from aftercommit_check.index.scopes import Class, Comprehension, Function, Scope, nested_scope
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from aftercommit_check.index.modules import Module, Project
     from aftercommit_check.index.scopes import Binding
 
 MAX_DEPTH = 34
+MAX_STEPS = 150_000
+"""How many expressions may be looked at for one file; enough for everything seen, and an end for what was not."""
+
 BUILTINS = frozenset(
     "abs all anext any aiter bool bytes callable classmethod dict dir divmod enumerate filter float format frozenset "
     "getattr hasattr hash id int isinstance issubclass iter len list map max min next object open ord pow print "
@@ -50,8 +53,11 @@ class Evaluator:
         self._memory: dict[tuple[ast.AST, Scope], Value] = {}
         self._active: set[tuple[ast.AST, Scope]] = set()
         self._depth = 0
+        self._budget = MAX_STEPS
         self.frames: dict[Function, dict[str, Value]] = {}
         self.type_variables: list[dict[str, Value]] = []
+        self._kept: list[object] = []
+        self._contexts: dict[tuple[int, int], tuple[object, object, dict[tuple[ast.AST, Scope], Value]]] = {}
         self.class_facts: dict[tuple[Class, str], bool] = {}
         self.function_facts: dict[tuple[object, ...], object] = {}
 
@@ -60,10 +66,12 @@ class Evaluator:
     def infer(self, node: ast.expr, scope: Scope) -> Value:
         """Return what *node* is, evaluated in *scope*."""
         key = (node, scope)
-        framed = bool(self.frames) or bool(self.type_variables)
-        if not framed and key in self._memory:
-            return self._memory[key]
-        if key in self._active or self._depth > MAX_DEPTH:
+        memory = self._memory_for(scope)
+        known = memory.get(key)
+        if known is not None:
+            return known
+        self._budget -= 1
+        if key in self._active or self._depth > MAX_DEPTH or self._budget < 0:
             return UNKNOWN
         self._active.add(key)
         self._depth += 1
@@ -72,9 +80,46 @@ class Evaluator:
         finally:
             self._depth -= 1
             self._active.discard(key)
-        if not framed:
-            self._memory[key] = value
+        memory[key] = value
         return value
+
+    def remembered(self, key: tuple[object, ...], find: Callable[[], Value]) -> Value:
+        """Return what *find* finds, once for each *key* and each set of type arguments; unknown in a circle."""
+        if self.type_variables:
+            key = (*key, id(self.type_variables[-1]))
+            self._kept.append(self.type_variables[-1])  # an id is only good while its owner lives
+        known = self.function_facts.get(key)
+        if isinstance(known, Value):
+            return known
+        self._budget -= 1
+        if self._depth > MAX_DEPTH or self._budget < 0:
+            return UNKNOWN
+        self.function_facts[key] = UNKNOWN
+        self._depth += 1
+        try:
+            value = find()
+        finally:
+            self._depth -= 1
+            del self.function_facts[key]
+        self.function_facts[key] = value
+        return value
+
+    def _memory_for(self, scope: Scope) -> dict[tuple[ast.AST, Scope], Value]:
+        """Return where answers are remembered: those that depend on arguments or type arguments have a place of their own."""
+        if not self.frames and not self.type_variables:
+            return self._memory
+        frame: object = None
+        current: Scope | None = scope
+        while current is not None and self.frames:
+            if isinstance(current, Function) and current in self.frames:
+                frame = self.frames[current]
+                break
+            current = current.parent
+        variables: object = self.type_variables[-1] if self.type_variables else None
+        if frame is None and variables is None:
+            return self._memory
+        found = self._contexts.setdefault((id(frame), id(variables)), (frame, variables, {}))
+        return found[2]
 
     def _infer(self, node: ast.expr, scope: Scope) -> Value:
         if isinstance(node, ast.Name):
@@ -265,10 +310,7 @@ class Evaluator:
             path = self.project.submodule(module, name)
             found = self.project.load(path) if path else None
             value = Value(Kind.MODULE, module=found) if found is not None else (value or UNKNOWN)
-        if not self.frames and not self.type_variables:
-            self.function_facts[key] = value
-        else:
-            del self.function_facts[key]
+        self.function_facts[key] = value
         return value
 
     def _imported_from(self, node: ast.ImportFrom, name: str, importer: Module) -> Value:
@@ -316,6 +358,18 @@ class Evaluator:
     def is_mapped(self, cls: Class) -> bool:
         """Return whether *cls* is mapped to a table."""
         return classes.is_mapped(self, cls)
+
+    @contextmanager
+    def typed(self, variables: dict[str, Value]) -> Iterator[None]:
+        """Evaluate with *variables* for the type variables of a generic class."""
+        if not any(value.is_known for value in variables.values()):
+            yield
+            return
+        self.type_variables.append(variables)
+        try:
+            yield
+        finally:
+            self.type_variables.pop()
 
     @contextmanager
     def frame(self, func: Function, values: dict[str, Value]) -> Iterator[None]:

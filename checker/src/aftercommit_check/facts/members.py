@@ -118,11 +118,8 @@ def _declared(ev: Evaluator, value: Value, owner: Class, binding: Binding, name:
         return _mapped_attribute(ev, owner, binding)
     if binding.annotation is not None:
         variables = classes.type_mapping(ev, value.cls, value.args, owner) if value.cls is not None else {}
-        ev.type_variables.append(variables)
-        try:
+        with ev.typed(variables):
             found = ev.annotation(binding.annotation, owner)
-        finally:
-            ev.type_variables.pop()
         dependency = binding.value if functions.is_depends(binding.value) else None
         if dependency is None:
             for node, _ in annotations.metadata(ev, binding.annotation, owner):
@@ -190,11 +187,8 @@ def _assigned(ev: Evaluator, value: Value, owner: Class, method: Function, bindi
     """Return what a method assigns to an attribute of ``self``, for this very instance where its making is known."""
     if binding.annotation is not None:
         variables = classes.type_mapping(ev, value.cls, value.args, owner) if value.cls is not None else {}
-        ev.type_variables.append(variables)
-        try:
+        with ev.typed(variables):
             found = ev.annotation(binding.annotation, method)
-        finally:
-            ev.type_variables.pop()
         if found.kind is Kind.FACTORY or (found.kind is Kind.INSTANCE and found.cls is not None):
             return found
     if binding.value is None:
@@ -205,17 +199,12 @@ def _assigned(ev: Evaluator, value: Value, owner: Class, method: Function, bindi
         frame = {name: ev.infer(expr, where) for name, expr, where in functions.bind(method, node, scope, skip=True)}
         frame = {name: found for name, found in frame.items() if found.is_known}
     variables = classes.type_mapping(ev, value.cls, value.args, owner) if value.cls is not None and value.args else {}
-    if variables:
-        ev.type_variables.append(variables)
-    try:
+    with ev.typed(variables):
         if frame:
             with ev.frame(method, frame):
                 found = ev.infer(binding.value, method)
         else:
             found = ev.infer(binding.value, method)
-    finally:
-        if variables:
-            ev.type_variables.pop()
     for index in binding.unpack:
         found = found.args[index] if found.kind is Kind.TUPLE and index < len(found.args) else element_of(found)
     return found

@@ -198,9 +198,10 @@ def _touch_arguments(
         elif value.kind is Kind.INSTANCE and callee.func is not None and not value.mapped and value.cls is not None:
             bound = functions.bind(callee.func, call, scope, skip=callee.kind is Kind.METHOD)
             param = next((name for name, expr, _ in bound if expr is node), None)
-            if param is not None and holds_session(ev, value) is not None:
+            held = holds_session(ev, value) if param is not None and brings_session(ev, value, func) else None
+            if param is not None and held is not None:
                 found = touches(ev, callee.func, {param: value}, depth + 1, seen)
-                if found is not None and is_foreign(found, func):
+                if found is not None and found.identity == held.identity and is_foreign(found, func):
                     return found
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import gc
 import hashlib
 import os
 import re
@@ -148,11 +149,18 @@ class Project:
         return self._subclasses.get(name, [])
 
     def trim(self) -> None:
-        """Forget the least recently used modules; called between files, when nobody holds their nodes."""
-        while self._lines > MAX_LINES_IN_MEMORY and self._modules:
+        """Forget the least recently used modules; called between files, when nobody holds their nodes.
+
+        Half of them at once: scopes and modules refer to each other, so only the collector frees them, and it is
+        asked rarely because it looks at every node there is.
+        """
+        if self._lines <= MAX_LINES_IN_MEMORY:
+            return
+        while self._lines > MAX_LINES_IN_MEMORY // 2 and self._modules:
             _, module = self._modules.popitem(last=False)
             if module is not None:
                 self._lines -= module.text.count("\n") + 1
+        gc.collect()
 
     def resolve(self, name: str, importer: Module) -> str | None:
         """Return the file of the module called *name*, as *importer* would import it.

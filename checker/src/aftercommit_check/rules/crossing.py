@@ -75,7 +75,7 @@ def _in_argument(ev: Evaluator, handover: Handover, argument: Argument) -> Itera
         held = reach.holds_session(ev, value)
         if held is not None and held.origin is not Origin.OPENED and reach.brings_session(ev, value):
             touched = reach.touches(ev, task, {argument.param: value})
-            if touched is not None:
+            if touched is not None and (touched.identity == held.identity or handover.target.kind is not Kind.METHOD):
                 yield Crossing(_what(held), held, argument.node, "held", argument.param, held.sure)
         return
     if value.kind in (Kind.FUNCTION, Kind.METHOD) and value.func is not None:
