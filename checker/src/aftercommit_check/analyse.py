@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from aftercommit_check.facts.infer import Evaluator
 from aftercommit_check.index.scopes import Scope, all_functions
-from aftercommit_check.rules import closing, gathered, handed
+from aftercommit_check.rules import closing, gathered, handed, own, swallowed, timing
 from aftercommit_check.rules.context import Context
 from aftercommit_check.sources.pins import find_pin
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from aftercommit_check.findings import Finding
     from aftercommit_check.index.modules import Project
 
-CHECKS: tuple[Callable[[Context, Scope], None], ...] = (handed.check, gathered.check, closing.check)
+CHECKS: tuple[Callable[[Context, Scope], None], ...] = (handed.check, gathered.check, closing.check, swallowed.check, timing.check, own.check)
 
 
 def check_file(project: Project, path: str, wrappers: dict[str, str]) -> list[Finding]:

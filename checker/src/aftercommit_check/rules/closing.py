@@ -43,7 +43,7 @@ def check(context: Context, scope: Scope) -> None:
             continue
         value = context.ev.infer(call, inner)
         inferred = value.element if value.kind is Kind.COROUTINE and value.element is not None else value
-        if inferred.kind is not Kind.SESSION or inferred.origin is not Origin.OPENED or not _is_new(context, call, inner, inferred):
+        if inferred.kind is not Kind.SESSION or inferred.origin is not Origin.OPENED or not is_new(context, call, inner, inferred):
             continue
         node: ast.AST = call
         while isinstance(parents.get(node), ast.Await):
@@ -58,9 +58,11 @@ def _may_open(call: ast.Call) -> bool:
     return name not in TRIGGERS and not name.startswith(("execute", "scalar", "commit", "query", "add", "flush"))
 
 
-def _is_new(context: Context, call: ast.Call, scope: Scope, value: Value) -> bool:
+def is_new(context: Context, call: ast.Call, scope: Scope, value: Value) -> bool:
     """Return whether *call* itself makes the session, rather than passing on one that somebody keeps."""
     if value.call is None or value.call[0] is not call:
+        return False
+    if _borrows_connection(context, call, scope):
         return False
     func = context.ev.infer(call.func, scope)
     if func.kind is Kind.FACTORY:
@@ -78,6 +80,14 @@ def _is_new(context: Context, call: ast.Call, scope: Scope, value: Value) -> boo
     if func.kind is Kind.LIBRARY_METHOD:
         return func.name in ("__next__", "__anext__")
     return func.kind in (Kind.EXTERNAL, Kind.CLASS)
+
+
+def _borrows_connection(context: Context, call: ast.Call, scope: Scope) -> bool:
+    """Return whether the session works on a connection that somebody else closes (event listeners do so)."""
+    for node in [*call.args[:1], *(word.value for word in call.keywords if word.arg == "bind")]:
+        if "conn" in text(node).lower() or context.ev.infer(node, scope).kind is Kind.CONNECTION:
+            return True
+    return False
 
 
 def _follow(context: Context, scope: Function, call: ast.Call, node: ast.AST, value: Value) -> None:
