@@ -34,7 +34,6 @@ class Report:
         findings: All findings, of every confidence, sorted by place.
         skipped: Files that could not be read, with the reason.
         files: How many files were looked at.
-        lines: How many lines they have; 0 if everything came from the cache.
         checked: How many files were really analysed this time.
     """
 
