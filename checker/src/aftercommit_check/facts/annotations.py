@@ -131,6 +131,10 @@ def _named(ev: Evaluator, node: ast.expr, scope: Scope) -> Value:
             return variables[node.id]
     start = scope.parent if isinstance(scope, Function) and scope.parent is not None else scope
     value = _lookup(ev, node, scope if scope.kind != "function" else start)
+    if value.kind is not Kind.CLASS:
+        meant = alias_of(ev, node, scope)
+        if meant is not None and isinstance(meant[0], ast.Subscript | ast.BinOp):
+            return annotation(ev, *meant)
     if value.kind is Kind.CLASS or (value.kind is Kind.EXTERNAL and not value.name.startswith(("typing.TypeVar", "?."))):
         found = instance_of(ev, value)
         if found.is_known and found.kind is not Kind.OBJECT:

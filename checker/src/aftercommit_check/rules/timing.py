@@ -59,10 +59,10 @@ def _early(context: Context, scope: Function, calls: list[tuple[ast.Call, str, V
         last = writes[-1]
         if any(name in ("commit", "close") and other.lineno >= last[0].lineno for other, name, _ in before):
             continue
-        if _in_begin_block(scope, call) or _within_commit_helper(scope, last[0], call):
+        if _within_commit_helper(scope, last[0], call):
             continue
         handover = handovers.find(context.ev, call, inner, context.wrappers)
-        if handover is None or not _mentions_row(context, handover, last[0]):
+        if handover is None or not _mentions_row(handover, [write for write, _, _ in writes]):
             continue
         after = [other for other, name, _ in calls if name == "commit" and other.lineno > call.lineno]
         if handover.way is Way.BACKGROUND:
@@ -84,10 +84,9 @@ def _early(context: Context, scope: Function, calls: list[tuple[ast.Call, str, V
         )
 
 
-def _mentions_row(context: Context, handover: handovers.Handover, write: ast.Call) -> bool:
-    """Return whether what is handed over names the row that was written."""
-    del context
-    names = {node.id for arg in write.args for node in ast.walk(arg) if isinstance(node, ast.Name)}
+def _mentions_row(handover: handovers.Handover, writes: list[ast.Call]) -> bool:
+    """Return whether what is handed over names a row that was written."""
+    names = {node.id for write in writes for arg in write.args for node in ast.walk(arg) if isinstance(node, ast.Name)}
     return any(
         isinstance(node, ast.Name) and node.id in names for argument in handover.arguments for node in ast.walk(argument.node)
     )
@@ -113,11 +112,6 @@ def _commits_on_exit(context: Context, session: Value) -> bool:
                         isinstance(call.func, ast.Attribute) and call.func.attr == "commit" and call.lineno > line
                         for call, _ in func.body.calls
                     )
-    return False
-
-
-def _in_begin_block(scope: Function, call: ast.Call) -> bool:
-    del scope, call
     return False
 
 
