@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, TextIO
 from aftercommit_check import __version__, fix
 from aftercommit_check.cache import FOLDER
 from aftercommit_check.codes import RULES
+from aftercommit_check.findings import Confidence
 from aftercommit_check.output.human import Human
 from aftercommit_check.output.machine import to_github, to_json, to_sarif
 from aftercommit_check.runner import Settings, run
@@ -110,7 +111,8 @@ def _check(options: argparse.Namespace, streams: Streams) -> int:
         raise ConfigError(f"no such file or folder: {missing[0]}")
     config = _config(options)
     cache = None if options.no_cache else (options.cache_dir or os.path.join(project_root(options.paths[0]), FOLDER))
-    report = run(options.paths, Settings(exclude=config.exclude, jobs=options.jobs, cache=cache, base="."))
+    tests = config.confidence is Confidence.LOW
+    report = run(options.paths, Settings(exclude=config.exclude, jobs=options.jobs, cache=cache, base=".", tests=tests))
     sources = Sources(".")
     shown = [
         finding

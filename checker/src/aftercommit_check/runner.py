@@ -14,7 +14,7 @@ from aftercommit_check import candidates
 from aftercommit_check.analyse import check_file
 from aftercommit_check.cache import Cache, Entry
 from aftercommit_check.findings import Finding
-from aftercommit_check.index.modules import EVERY_CLASS, Project, digest
+from aftercommit_check.index.modules import EVERY_CLASS, Project, digest, is_test_path
 from aftercommit_check.sources.files import UnreadableSourceError, find_sources, project_root, read_bytes
 from aftercommit_check.sources.pins import find_pin, forget_pins
 
@@ -52,9 +52,11 @@ class Settings:
         jobs: Processes; 0 for one per core.
         cache: Where results are kept; None for nowhere.
         base: The folder that shown paths are relative to.
+        tests: Whether to look into test suites too; their findings are all of low confidence.
     """
 
     exclude: tuple[str, ...] = ()
+    tests: bool = False
     jobs: int = 0
     cache: str | None = None
     base: str = "."
@@ -81,6 +83,8 @@ def run(paths: Sequence[str], settings: Settings) -> Report:
     root = _common_root(paths)
     cache = Cache.load(settings.cache)
     digests, wrappers, interesting = _survey(files, cache, report)
+    if not settings.tests:
+        interesting = [path for path in interesting if not is_test_path(os.path.relpath(path, base))]
     world = digest("\0".join([root, base, *files, *sorted(wrappers)]).encode(errors="replace"))
     todo = _outdated(cache, world, interesting, digests, root)
     for path in interesting:

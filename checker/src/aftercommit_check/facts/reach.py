@@ -282,8 +282,8 @@ def deep_calls(func: Function) -> Iterator[tuple[ast.Call, Scope]]:
 
 def deep_parents(func: Function) -> dict[ast.AST, ast.AST]:
     """Return the parent of every node in *func*, nested functions included."""
-    known = _PARENTS.get(func)
-    if known is not None:
+    known = func.__dict__.get("_deep_parents")
+    if isinstance(known, dict):
         return known
     parents: dict[ast.AST, ast.AST] = {}
     roots: list[ast.AST] = [func.node.body] if isinstance(func.node, ast.Lambda) else list(func.node.body)
@@ -292,13 +292,8 @@ def deep_parents(func: Function) -> dict[ast.AST, ast.AST]:
         for node in ast.walk(root):
             for child in ast.iter_child_nodes(node):
                 parents[child] = node
-    if len(_PARENTS) > 200:
-        _PARENTS.clear()
-    _PARENTS[func] = parents
+    func.__dict__["_deep_parents"] = parents  # lives and dies with the function
     return parents
-
-
-_PARENTS: dict[Function, dict[ast.AST, ast.AST]] = {}
 
 
 def scope_of(node: ast.AST, parents: dict[ast.AST, ast.AST], func: Function) -> Scope:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import gc
 import hashlib
 import os
 import re
@@ -49,6 +48,12 @@ class Module:
         """Return the source, line by line."""
         return self.text.split("\n")
 
+    def take_apart(self) -> None:
+        """Break the circles between scopes, so that the syntax tree is freed at once. The module is useless then."""
+        for scope in [*self.nested.values(), self.scope]:
+            scope.__dict__.clear()
+        self.__dict__.clear()
+
     @property
     def is_package(self) -> bool:
         """Return whether it is an ``__init__`` file."""
@@ -57,14 +62,15 @@ class Module:
     @cached_property
     def is_test(self) -> bool:
         """Return whether it is part of a test suite, by its name."""
-        parts = self.shown.replace(os.sep, "/").split("/")
-        name = parts[-1]
-        return (
-            name.startswith("test_")
-            or name.endswith("_test.py")
-            or name == "conftest.py"
-            or any(part in {"tests", "test", "testing"} for part in parts[:-1])
-        )
+        return is_test_path(self.shown)
+
+
+def is_test_path(path: str) -> bool:
+    """Return whether the file at *path*, relative to the project, is part of a test suite."""
+    *folders, name = path.replace(os.sep, "/").split("/")
+    if name.startswith("test_") or name.endswith("_test.py") or name == "conftest.py":
+        return True
+    return any(folder in {"tests", "test", "testing"} for folder in folders)
 
 
 def parse(text: str) -> ast.Module:
@@ -151,8 +157,8 @@ class Project:
     def trim(self) -> None:
         """Forget the least recently used modules; called between files, when nobody holds their nodes.
 
-        Half of them at once: scopes and modules refer to each other, so only the collector frees them, and it is
-        asked rarely because it looks at every node there is.
+        Scopes and modules refer to each other. They are taken apart by hand, because the collector, which would look
+        at every node there is each time, cost more than the analysis.
         """
         if self._lines <= MAX_LINES_IN_MEMORY:
             return
@@ -160,7 +166,7 @@ class Project:
             _, module = self._modules.popitem(last=False)
             if module is not None:
                 self._lines -= module.text.count("\n") + 1
-        gc.collect()
+                module.take_apart()
 
     def resolve(self, name: str, importer: Module) -> str | None:
         """Return the file of the module called *name*, as *importer* would import it.

@@ -25,6 +25,7 @@ class Context:
         pin: The FastAPI version that its project pins.
         wrappers: Names of the project's own wrappers around ``add_task`` and the like.
         findings: What was found so far.
+        uses_aftercommit: Whether the file names aftercommit; None until somebody asks.
     """
 
     ev: Evaluator
@@ -32,6 +33,7 @@ class Context:
     pin: Pin
     wrappers: dict[str, str]
     findings: list[Finding] = field(default_factory=list)
+    uses_aftercommit: bool | None = None
 
     def report(
         self,

@@ -37,8 +37,10 @@ def check(context: Context, scope: Scope) -> None:
 
 
 def _uses_aftercommit(context: Context) -> bool:
-    source = context.module.text
-    return "after_commit" in source or "aftercommit" in source or ".task" in source
+    if context.uses_aftercommit is None:
+        source = context.module.text
+        context.uses_aftercommit = "after_commit" in source or "aftercommit" in source
+    return context.uses_aftercommit
 
 
 def _handovers(context: Context, scope: Scope) -> None:
@@ -237,9 +239,7 @@ def _global_session(context: Context, scope: Scope) -> None:
             continue
         target = parent.targets[0]
         at_module = scope.kind == "module" and isinstance(target, ast.Name)
-        declared = isinstance(target, ast.Name) and any(
-            isinstance(node, ast.Global) and target.id in node.names for node in ast.walk(scope.node)
-        ) if isinstance(scope, Function) else False
+        declared = isinstance(target, ast.Name) and isinstance(scope, Function) and target.id in _globals(scope)
         state = isinstance(target, ast.Attribute) and ast.unparse(target).startswith(("app.state.", "application.state."))
         if not (at_module or declared or state):
             continue
@@ -250,6 +250,10 @@ def _global_session(context: Context, scope: Scope) -> None:
                 context, call, f"The session opened here is kept in `{ast.unparse(target)}`.",
                 Confidence.LOW if script else Confidence.MEDIUM,
             )  # fmt: skip
+
+
+def _globals(scope: Function) -> set[str]:
+    return {name for node in scope.body.parents if isinstance(node, ast.Global) for name in node.names}
 
 
 def _definitions(context: Context) -> list[ast.stmt]:
