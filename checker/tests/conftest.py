@@ -11,7 +11,7 @@ import pytest
 from aftercommit_check.findings import Finding
 from aftercommit_check.runner import Settings, run
 
-DATABASE = '''
+DATABASE = """
 from sqlalchemy import create_engine
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, relationship, sessionmaker
@@ -43,7 +43,7 @@ def get_db():
 async def get_async_db():
     async with AsyncSessionLocal() as session:
         yield session
-'''
+"""
 
 Check = Callable[..., list[Finding]]
 

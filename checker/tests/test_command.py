@@ -15,7 +15,7 @@ from aftercommit_check.cli import Streams, main
 from aftercommit_check.codes import RULES
 from aftercommit_check.sources.pins import pin_in_text
 
-BAD = textwrap.dedent('''
+BAD = textwrap.dedent("""
     from fastapi import BackgroundTasks, Depends
     from sqlalchemy.orm import Session, sessionmaker
 
@@ -32,7 +32,7 @@ BAD = textwrap.dedent('''
             work,
             db,
         )
-''')
+""")
 
 
 @pytest.fixture
@@ -91,7 +91,10 @@ def test_human(project):
     assert "\x1b[" in out
 
 
-@pytest.mark.parametrize(("comment", "silent"), [("# noqa", True), ("# noqa: AC101", True), ("# noqa: E501, AC101", True), ("# noqa: AC102", False)])
+@pytest.mark.parametrize(
+    ("comment", "silent"),
+    [("# noqa", True), ("# noqa: AC101", True), ("# noqa: E501, AC101", True), ("# noqa: AC102", False)],
+)
 @pytest.mark.parametrize("line", ["bg.add_task(", "    )"])
 def test_noqa(project, comment, silent, line):
     """A comment on the first or last line of the call silences it, if it names the code or none."""
@@ -143,7 +146,7 @@ def test_baseline(project):
     assert (moved, new) == (0, 1)
 
 
-FIXABLE = '''
+FIXABLE = """
 from sqlalchemy.orm import Session
 
 def f(db: Session, user):
@@ -152,7 +155,7 @@ def f(db: Session, user):
     except Exception:
         user.failed = True
         db.commit()
-'''
+"""
 
 
 def test_fix_and_diff(project):
@@ -218,7 +221,9 @@ def test_huge_file(project):
 def test_cache(project):
     """A second run checks nothing; a change in an imported file checks its importers again."""
     (project / "db.py").write_text("from sqlalchemy.orm import Session\ndef get_db(): ...\n")
-    (project / "main.py").write_text(BAD.replace("from sqlalchemy.orm import Session,", "from db import Session\nfrom sqlalchemy.orm import"))
+    (project / "main.py").write_text(
+        BAD.replace("from sqlalchemy.orm import Session,", "from db import Session\nfrom sqlalchemy.orm import")
+    )
     settings = runner.Settings(cache="kept", base=".")
     first = runner.run(["."], settings)
     second = runner.run(["."], settings)
@@ -234,7 +239,9 @@ def test_cache(project):
 def test_one_file_sees_its_imports(project):
     """A hook that passes single files gets the same answer as a run over everything."""
     (project / "deps.py").write_text(BAD.partition("def f(")[0])
-    (project / "main.py").write_text("from fastapi import BackgroundTasks, Depends\nfrom deps import get_db, work\n\ndef f(bg: BackgroundTasks, db=Depends(get_db)): bg.add_task(work, db)\n")
+    (project / "main.py").write_text(
+        "from fastapi import BackgroundTasks, Depends\nfrom deps import get_db, work\n\ndef f(bg: BackgroundTasks, db=Depends(get_db)): bg.add_task(work, db)\n"
+    )
 
     assert json.loads(command("main.py", "--format", "json")[1]) == json.loads(command("--format", "json")[1])
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-HEAD = '''
+HEAD = """
 import asyncio, threading
 from concurrent.futures import ThreadPoolExecutor
 from fastapi.concurrency import run_in_threadpool
@@ -14,7 +14,7 @@ from app.database import AsyncSession, AsyncSessionLocal, SessionLocal, User
 async def load(db: AsyncSession, n=0): return await db.get(User, n)
 async def other(n=0): return n
 def sync_load(db: Session): return db.get(User, 1)
-'''
+"""
 
 CASES = {
     "create_task": (
@@ -79,6 +79,12 @@ CASES = {
     "somebody else's create_task": (
         "async def f(db: AsyncSession): asyncio.ensure_future(load(db))",
         "class Tasks:\n    @staticmethod\n    async def create_task(db): ...\nasync def f(db: AsyncSession): await Tasks.create_task(db=db)",
+    ),
+    "decorator": (
+        "def fire(fn):\n    def inner(*a, **k): return asyncio.create_task(fn(*a, **k))\n    return inner\n"
+        "@fire\nasync def job(db: AsyncSession): await db.execute(1)\nasync def f(db: AsyncSession): job(db)",
+        "def traced(fn):\n    async def inner(*a, **k): return await fn(*a, **k)\n    return inner\n"
+        "@traced\nasync def job(db: AsyncSession): await db.execute(1)\nasync def f(db: AsyncSession): await job(db)",
     ),
     "method of a service": (
         "class S:\n    def __init__(self, db: AsyncSession): self.db = db\n    async def log(self): await self.db.execute(1)\n"

@@ -6,7 +6,7 @@ import textwrap
 
 import pytest
 
-HEAD = '''
+HEAD = """
 from typing import Annotated
 import functools
 from fastapi import BackgroundTasks, Depends, FastAPI
@@ -24,7 +24,7 @@ def close_it(session): session.close()
 def bind_only(session): return Session(session.get_bind())
 def query(conn): conn.execute('select 1')
 def greet(user): print(user.email)
-'''
+"""
 
 SESSION = {
     "positional": (
@@ -245,7 +245,11 @@ def cases(table, code):
 def test_variation_and_its_twin(check, code, bad, good):
     """The misuse is found on the line of the call, its harmless twin is left alone."""
     source = HEAD + bad
-    line = max(n for n, text in enumerate(source.split("\n"), 1) if any(w in text for w in ("add_task(", "BackgroundTask(", "defer(bg")))
+    line = max(
+        n
+        for n, text in enumerate(source.split("\n"), 1)
+        if any(w in text for w in ("add_task(", "BackgroundTask(", "defer(bg"))
+    )
 
     found = check(source)
     fine = check(HEAD + good)
@@ -298,3 +302,29 @@ def test_message_teaches(check):
     assert finding.plain.startswith("bg.add_task(notify, user.id)")
     assert finding.aftercommit == "after_commit(notify, user)"
     assert "0.118" in finding.runtime
+
+
+def test_newer_syntax(check):
+    """Type parameters and type statements are understood on every Python, on the right lines."""
+    source = HEAD + textwrap.dedent("""
+            class Repo[
+                T: object,
+            ](object):
+                def __init__(self, db: Session): self.db = db
+                def get(self) -> T: ...
+
+            class Users(Repo[User]): pass
+
+            type Db = Annotated[Session, Depends(get_db)]
+
+            def pick[X](x: X) -> X: return x
+
+            def f(bg: BackgroundTasks, db: Db):
+                bg.add_task(greet, Users(db).get())
+                bg.add_task(work, db, 1)
+        """)
+    first = next(n for n, line in enumerate(source.split("\n"), 1) if "greet, Users" in line)
+
+    found = check(source)
+
+    assert [(finding.code, finding.line) for finding in found] == [("AC102", first), ("AC101", first + 1)]

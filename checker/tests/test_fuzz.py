@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from aftercommit_check.runner import Settings, run
 
 SOURCES = [
-    '''
+    """
     from fastapi import APIRouter, BackgroundTasks, Depends
     from sqlalchemy import select
     from sqlalchemy.ext.asyncio import AsyncSession
@@ -43,8 +43,8 @@ SOURCES = [
         orders = [order for order in (await session.execute(select(Order))).scalars().all() if order.open]
         tasks.add_task(lambda: service.repo.save(orders))
         return await service.place({**data, "n": 1})
-    ''',
-    '''
+    """,
+    """
     import asyncio, threading
     from functools import partial
     from sqlalchemy.orm import Session, sessionmaker
@@ -82,8 +82,8 @@ SOURCES = [
     def work(db, n, x=None):
         other = next(get_db())
         other.execute("select 1")
-    ''',
-    '''
+    """,
+    """
     from typing import Annotated, Generic, TypeVar
     from sqlmodel import Field, Relationship, Session, SQLModel, create_engine, select
     from fastapi import Depends
@@ -115,14 +115,18 @@ SOURCES = [
     def endpoint(db: Db, background_tasks):
         for hero in Heroes().all(db):
             background_tasks.add_task(print, hero.team, hero.team.heroes[0], db)
-    ''',
+    """,
 ]
 LINES = [line for source in SOURCES for line in textwrap.dedent(source).split("\n") if line.strip()]
-WORDS = sorted({word for line in LINES for word in line.replace("(", " ( ").replace(")", " ) ").replace(".", " . ").split()})
+WORDS = sorted(
+    {word for line in LINES for word in line.replace("(", " ( ").replace(")", " ) ").replace(".", " . ").split()}
+)
 
 
 def answer(folder, text):
-    (folder / "db.py").write_text(textwrap.dedent(SOURCES[1]) + "\nfrom main import *\nfrom db import *\n", encoding="utf-8")
+    (folder / "db.py").write_text(
+        textwrap.dedent(SOURCES[1]) + "\nfrom main import *\nfrom db import *\n", encoding="utf-8"
+    )
     (folder / "main.py").write_text(text, encoding="utf-8", errors="surrogatepass")
     report = run([str(folder)], Settings(base=str(folder), jobs=1))
     return [finding.to_dict() for finding in report.findings], report.skipped
@@ -149,7 +153,9 @@ def mutate(source, rng):
             other = rng.randrange(len(lines))
             lines[at], lines[other] = lines[other], lines[at]
         elif kind == 5:
-            first, second = rng.sample(["session", "db", "order", "self", "tasks", "Session", "Depends", "get_db", "Hero", "T"], 2)
+            first, second = rng.sample(
+                ["session", "db", "order", "self", "tasks", "Session", "Depends", "get_db", "Hero", "T"], 2
+            )
             lines = [line.replace(first, second) for line in lines]
         else:
             lines[at] = lines[at][: rng.randrange(len(lines[at]) + 1)]

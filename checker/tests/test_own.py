@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-HEAD = '''
+HEAD = """
 from contextvars import ContextVar
 from fastapi import Depends, FastAPI, UploadFile
 from sqlalchemy.ext.asyncio import AsyncSession
@@ -21,7 +21,7 @@ current = ContextVar("current")
 def send(session: Session, user: User, subject: str = "") -> None: ...
 @db.task
 def count(session: Session, n: int) -> None: ...
-'''
+"""
 
 CASES = {
     "AC109 session": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-HEAD = '''
+HEAD = """
 import contextlib, requests, threading
 from fastapi import BackgroundTasks, Depends
 from sqlalchemy.orm import Session
@@ -16,7 +16,7 @@ def committing():
     with SessionLocal() as session:
         yield session
         session.commit()
-'''
+"""
 
 CASES = {
     "AC104 never": (

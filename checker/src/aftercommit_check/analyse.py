@@ -16,7 +16,14 @@ if TYPE_CHECKING:
     from aftercommit_check.findings import Finding
     from aftercommit_check.index.modules import Project
 
-CHECKS: tuple[Callable[[Context, Scope], None], ...] = (handed.check, gathered.check, closing.check, swallowed.check, timing.check, own.check)
+CHECKS: tuple[Callable[[Context, Scope], None], ...] = (
+    handed.check,
+    gathered.check,
+    closing.check,
+    swallowed.check,
+    timing.check,
+    own.check,
+)
 
 
 def check_file(project: Project, path: str, wrappers: dict[str, str]) -> list[Finding]:

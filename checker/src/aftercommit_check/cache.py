@@ -24,6 +24,7 @@ class Entry:
         consulted: Every file that was read for it, with the hash of its content.
         pin: The FastAPI version that it was judged by.
         skipped: Why it could not be checked; empty if it could. Such entries are not kept.
+
     """
 
     findings: tuple[Finding, ...]
@@ -40,6 +41,7 @@ class Cache:
         world: Hash of the list of files and of the wrappers among them.
         survey: By content: whether a file is worth a look, and the wrappers it defines.
         results: By path.
+
     """
 
     world: str = ""
@@ -92,7 +94,13 @@ class Cache:
             ]
             for path, entry in self.results.items()
         }
-        data = {"format": FORMAT, "world": self.world, "survey": self.survey, "names": list(numbers), "results": results}
+        data = {
+            "format": FORMAT,
+            "world": self.world,
+            "survey": self.survey,
+            "names": list(numbers),
+            "results": results,
+        }
         try:
             os.makedirs(folder, exist_ok=True)
             ignore = os.path.join(folder, ".gitignore")

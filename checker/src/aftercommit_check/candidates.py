@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 import re
 
-from aftercommit_check.facts.annotations import last_name
 from aftercommit_check.facts.handovers import TRIGGERS
+from aftercommit_check.facts.typehints import last_name
 from aftercommit_check.index.modules import parse
 from aftercommit_check.sources.files import UnreadableSourceError, decode
 
@@ -14,9 +14,13 @@ INTERESTING = re.compile(
     rb"add_task|BackgroundTask|create_task|ensure_future|start_soon|threadsafe|gather|Thread\(|Timer\(|submit\(|executor"
     rb"|to_thread|threadpool|add_job|[Ss]ession|next\(|\.commit\(|after_commit|ContextVar|scope\s*=\s*[\"']function"
 )
-HANDING = re.compile(rb"add_task|BackgroundTask|create_task|ensure_future|start_soon|Thread\(|submit\(|run_in_executor|add_job")
+HANDING = re.compile(
+    rb"add_task|BackgroundTask|create_task|ensure_future|start_soon|Thread\(|submit\(|run_in_executor|add_job"
+)
 DEFINITION = re.compile(rb"^[ \t]*(?:async[ \t]+)?def[ \t]+(\w+)", re.MULTILINE)
-TOO_COMMON = frozenset({"main", "get", "run", "__init__", "__call__", "wrapper", "decorator", "inner", "set", "add", "append", "call"})
+TOO_COMMON = frozenset(
+    {"main", "get", "run", "__init__", "__call__", "wrapper", "decorator", "inner", "set", "add", "append", "call"}
+)
 
 
 def is_interesting(data: bytes) -> bool:
@@ -38,7 +42,10 @@ def wrapper_names(data: bytes) -> list[str]:
     found: set[str] = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.name not in TOO_COMMON:
-            params = {arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)} - {"self", "cls"}
+            params = {arg.arg for arg in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)} - {
+                "self",
+                "cls",
+            }
             if params:
                 own, nested = _hands_over(node, params)
                 if own:
@@ -55,7 +62,10 @@ def _hands_over(node: ast.FunctionDef | ast.AsyncFunctionDef, params: set[str]) 
     while stack:
         current, inside = stack.pop()
         if isinstance(current, ast.Call) and last_name(current.func) in TRIGGERS:
-            targets = [*current.args[:2], *(word.value for word in current.keywords if word.arg in ("target", "func", "coro"))]
+            targets = [
+                *current.args[:2],
+                *(word.value for word in current.keywords if word.arg in ("target", "func", "coro")),
+            ]
             for target in targets:
                 bare = target.func if isinstance(target, ast.Call) else target
                 if isinstance(bare, ast.Name) and bare.id in params:
@@ -68,7 +78,9 @@ def _hands_over(node: ast.FunctionDef | ast.AsyncFunctionDef, params: set[str]) 
 def decorated_names(data: bytes, decorators: list[bytes]) -> list[str]:
     """Return the functions that one of *decorators* decorates."""
     found = []
-    for match in re.finditer(rb"^[ \t]*@(?:\w+\.)*(?:" + b"|".join(map(re.escape, decorators)) + rb")\b", data, re.MULTILINE):
+    for match in re.finditer(
+        rb"^[ \t]*@(?:\w+\.)*(?:" + b"|".join(map(re.escape, decorators)) + rb")\b", data, re.MULTILINE
+    ):
         definition = DEFINITION.search(data, match.end())
         if definition is not None:
             found.append(definition.group(1).decode("ascii", errors="replace"))

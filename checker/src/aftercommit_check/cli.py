@@ -66,10 +66,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("paths", nargs="*", default=["."], metavar="PATH", help="files and folders (default: here)")
     parser.add_argument("--format", choices=("human", "json", "sarif", "github"), default="human")
-    parser.add_argument("--select", metavar="CODES", help="rules to report, separated by commas; a prefix stands for many")
+    parser.add_argument(
+        "--select", metavar="CODES", help="rules to report, separated by commas; a prefix stands for many"
+    )
     parser.add_argument("--ignore", metavar="CODES", help="rules not to report")
     parser.add_argument("--exclude", action="append", metavar="GLOB", help="files and folders to leave out")
-    parser.add_argument("--confidence", metavar="LEVEL", help="lowest confidence to report: high, medium (default) or low")
+    parser.add_argument(
+        "--confidence", metavar="LEVEL", help="lowest confidence to report: high, medium (default) or low"
+    )
     parser.add_argument("--explain", metavar="CODE", help="explain a rule and exit")
     parser.add_argument("--fix", action="store_true", help="make the corrections that are certain")
     parser.add_argument("--diff", action="store_true", help="show the corrections that are certain, change nothing")
@@ -146,7 +150,9 @@ def _fix(options: argparse.Namespace, shown: list[Finding], streams: Streams) ->
     return 1 if left and not options.exit_zero else 0
 
 
-def _write(options: argparse.Namespace, shown: list[Finding], report: Report, sources: Sources, streams: Streams) -> None:
+def _write(
+    options: argparse.Namespace, shown: list[Finding], report: Report, sources: Sources, streams: Streams
+) -> None:
     if options.format == "json":
         streams.out.write(to_json(shown) + "\n")
     elif options.format == "sarif":

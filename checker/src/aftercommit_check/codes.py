@@ -16,6 +16,7 @@ class Rule:
         why: Why it is a problem, for ``--explain``.
         bad: An example that is found.
         good: The same, right.
+
     """
 
     code: str
@@ -31,7 +32,7 @@ _RULES = (
         "AC101", "C1", "session handed to a background task",
         "A session belongs to the request that opened it. On FastAPI 0.118 and later the request's dependency exits after "
         "its background tasks: the request's connection stays checked out all the while, and its commit comes after the "
-        "task. On 0.106 to 0.117 (and with scope=\"function\") the session is closed before the task starts; SQLAlchemy "
+        'task. On 0.106 to 0.117 (and with scope="function") the session is closed before the task starts; SQLAlchemy '
         "revives a closed session without a word: reads work, the write is lost, the connection stays idle in transaction.",
         "background_tasks.add_task(send_receipt, db, order.id)",
         "def send_receipt(order_id: int) -> None:\n    with SessionLocal() as db:\n        ...\n\n"
@@ -75,8 +76,8 @@ _RULES = (
         "After a failed flush or commit a session refuses to work until it is rolled back (PendingRollbackError); after a "
         "failed statement PostgreSQL refuses the whole transaction. A handler that goes on with the same session writes "
         "nothing of what it means to write.",
-        "except Exception as error:\n    job.status = \"failed\"\n    db.commit()",
-        "except Exception as error:\n    db.rollback()\n    job.status = \"failed\"\n    db.commit()",
+        'except Exception as error:\n    job.status = "failed"\n    db.commit()',
+        'except Exception as error:\n    db.rollback()\n    job.status = "failed"\n    db.commit()',
     ),
     Rule(
         "AC107", "C7", "work started before the commit",
@@ -126,8 +127,8 @@ _RULES = (
         "AC113", "own", "exception swallowed by a function-scope dependency",
         "A scope=\"function\" dependency that catches the endpoint's exception and does not raise it again hides it from the "
         "session's dependency: the session commits half the work, and FastAPI answers 500.",
-        "try:\n    yield\nexcept Exception:\n    logger.exception(\"failed\")",
-        "try:\n    yield\nexcept Exception:\n    logger.exception(\"failed\")\n    raise",
+        'try:\n    yield\nexcept Exception:\n    logger.exception("failed")',
+        'try:\n    yield\nexcept Exception:\n    logger.exception("failed")\n    raise',
     ),
 )  # fmt: skip
 

@@ -28,6 +28,7 @@ class Step:
         path: The file, relative to where the checker was started.
         line: The line, counted from 1.
         text: What happens there, in a few words.
+
     """
 
     path: str
@@ -65,6 +66,7 @@ class Finding:
         plain: The corrected code in plain SQLAlchemy.
         aftercommit: The corrected code with aftercommit.
         edits: The certain correction, if there is one, for ``--fix``.
+
     """
 
     code: str

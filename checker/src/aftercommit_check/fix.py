@@ -56,7 +56,7 @@ def plan(findings: list[Finding], base: str) -> dict[str, tuple[str, str]]:
 
 def diff(changes: dict[str, tuple[str, str]]) -> str:
     """Return *changes* as a unified diff."""
-    parts = []
+    parts: list[str] = []
     for path, (old, new) in sorted(changes.items()):
         parts += difflib.unified_diff(
             old.splitlines(keepends=True), new.splitlines(keepends=True), fromfile=path, tofile=path

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING
 from aftercommit_check import candidates
 from aftercommit_check.analyse import check_file
 from aftercommit_check.cache import Cache, Entry
-from aftercommit_check.findings import Finding
 from aftercommit_check.index.modules import EVERY_CLASS, Project, digest, is_test_path
 from aftercommit_check.sources.files import UnreadableSourceError, find_sources, project_root, read_bytes
 from aftercommit_check.sources.pins import find_pin, forget_pins
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
+
+    from aftercommit_check.findings import Finding
 
 RECURSION_LIMIT = 6000
 SMALL = 150_000
@@ -35,6 +36,7 @@ class Report:
         skipped: Files that could not be read, with the reason.
         files: How many files were looked at.
         checked: How many files were really analysed this time.
+
     """
 
     findings: list[Finding] = field(default_factory=list)
@@ -53,6 +55,7 @@ class Settings:
         cache: Where results are kept; None for nowhere.
         base: The folder that shown paths are relative to.
         tests: Whether to look into test suites too; their findings are all of low confidence.
+
     """
 
     exclude: tuple[str, ...] = ()
@@ -143,9 +146,7 @@ def _survey(files: list[str], cache: Cache, report: Report) -> tuple[dict[str, s
             for path in digests:
                 names.update(candidates.decorated_names(read_bytes(path), marks))
             pattern = candidates.names_pattern(sorted(names))
-        for path in digests:
-            if path not in found and candidates.calls_any(read_bytes(path), pattern):
-                maybe.append(path)
+        maybe += [path for path in digests if path not in found and candidates.calls_any(read_bytes(path), pattern)]
     cache.surveyed = set(digests.values())
     return digests, dict.fromkeys(sorted(names), ""), sorted(maybe)
 
@@ -213,7 +214,7 @@ def check_one(project: Project, path: str, wrappers: dict[str, str]) -> Entry:
         findings = check_file(project, path, wrappers)
     except (RecursionError, MemoryError) as error:
         return Entry((), {}, "", f"too deeply nested to analyse ({type(error).__name__})")
-    except Exception as error:  # noqa: BLE001 - one strange file must not hide the findings in all others
+    except Exception as error:
         if os.environ.get("AFTERCOMMIT_CHECK_DEBUG"):
             raise
         return Entry((), {}, "", f"internal error, please report it: {type(error).__name__}: {error}")

@@ -24,6 +24,7 @@ class Sources:
 
     Args:
         base: The folder that the findings' paths are relative to.
+
     """
 
     def __init__(self, base: str) -> None:
@@ -77,6 +78,7 @@ def read_baseline(path: str) -> Counter[str]:
 
     Raises:
         ConfigError: If the file cannot be read.
+
     """
     try:
         with open(path, encoding="utf-8") as file:

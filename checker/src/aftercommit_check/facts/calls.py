@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING
 
-from aftercommit_check.facts import annotations, classes, functions, library, members
+from aftercommit_check.facts import classes, functions, library, members
 from aftercommit_check.facts.values import (
     NONE,
     SCALAR,
@@ -25,12 +25,49 @@ if TYPE_CHECKING:
     from aftercommit_check.index.scopes import Scope
 
 TO_SCALAR = frozenset(
-    "str int float bool bytes len repr id hash sum abs all any isinstance hasattr callable format ord pow round vars range "
-    "print divmod issubclass open dir".split()
+    [
+        "str",
+        "int",
+        "float",
+        "bool",
+        "bytes",
+        "len",
+        "repr",
+        "id",
+        "hash",
+        "sum",
+        "abs",
+        "all",
+        "any",
+        "isinstance",
+        "hasattr",
+        "callable",
+        "format",
+        "ord",
+        "pow",
+        "round",
+        "vars",
+        "range",
+        "print",
+        "divmod",
+        "issubclass",
+        "open",
+        "dir",
+    ]
 )
-TO_SEQUENCE = frozenset("list set tuple sorted reversed frozenset".split())
+TO_SEQUENCE = frozenset(["list", "set", "tuple", "sorted", "reversed", "frozenset"])
 PYDANTIC_MAKERS = frozenset(
-    "from_orm model_validate parse_obj validate construct model_construct parse_raw model_validate_json from_attributes".split()
+    [
+        "from_orm",
+        "model_validate",
+        "parse_obj",
+        "validate",
+        "construct",
+        "model_construct",
+        "parse_raw",
+        "model_validate_json",
+        "from_attributes",
+    ]
 )
 AS_CONTEXT = "as a context manager"
 COPIES = frozenset({"copy", "model_copy", "__copy__"})
@@ -81,7 +118,12 @@ def _opened(value: Value, node: ast.Call, scope: Scope) -> Value:
     inner = value.element if value.kind in (Kind.COROUTINE, Kind.CONTEXT, Kind.SEQUENCE) else value
     if inner is None or inner.kind not in (Kind.SESSION, Kind.CONNECTION) or inner.origin is not Origin.OPENED:
         return value
-    fresh = inner.but(identity=_place(node, scope), owner=ast.unparse(node.func)[:60], call=(node, scope), steps=(_opening(node, scope),))
+    fresh = inner.but(
+        identity=_place(node, scope),
+        owner=ast.unparse(node.func)[:60],
+        call=(node, scope),
+        steps=(_opening(node, scope),),
+    )
     return fresh if inner is value else value.but(element=fresh)
 
 
@@ -109,7 +151,9 @@ def argument_node(node: ast.Call, index: int, name: str = "") -> ast.expr | None
 def entity(ev: Evaluator, value: Value, whole: bool = True) -> Value:
     """Return a row of what a query names: a mapped class, or a column."""
     if value.kind is Kind.CLASS and value.cls is not None:
-        return Value(Kind.INSTANCE, cls=value.cls, args=value.args, mapped=whole or ev.is_mapped(value.cls), name=value.cls.name)
+        return Value(
+            Kind.INSTANCE, cls=value.cls, args=value.args, mapped=whole or ev.is_mapped(value.cls), name=value.cls.name
+        )
     if value.kind is Kind.EXTERNAL:
         last = value.name.rpartition(".")[2]
         return classes.unknown_mapped(last) if last[:1].isupper() and not last.isupper() else SCALAR
@@ -147,7 +191,12 @@ def external(ev: Evaluator, name: str, node: ast.Call, scope: Scope) -> Value:
             if chosen is not None and "Async" in ast.unparse(chosen):
                 return known.but(is_async=True)
         if known.kind in (Kind.SESSION, Kind.CONNECTION):
-            return known.but(identity=_place(node, scope), owner=ast.unparse(node.func)[:60], call=(node, scope), steps=(_opening(node, scope),))
+            return known.but(
+                identity=_place(node, scope),
+                owner=ast.unparse(node.func)[:60],
+                call=(node, scope),
+                steps=(_opening(node, scope),),
+            )
         return known
     if name in ("asyncio.create_task", "asyncio.ensure_future"):
         return Value(Kind.TASK, element=argument(ev, node, scope, 0), call=(node, scope))
@@ -204,7 +253,9 @@ def _builtin(ev: Evaluator, name: str, node: ast.Call, scope: Scope) -> Value:
                     return classes.instance(ev, base.cls, base.args)
         return UNKNOWN
     if name == "type":
-        return Value(Kind.CLASS, cls=first.cls, args=first.args) if first.kind is Kind.INSTANCE and first.cls else UNKNOWN
+        return (
+            Value(Kind.CLASS, cls=first.cls, args=first.args) if first.kind is Kind.INSTANCE and first.cls else UNKNOWN
+        )
     return UNKNOWN
 
 
@@ -230,7 +281,13 @@ def method(ev: Evaluator, receiver: Value, name: str, node: ast.Call, scope: Sco
             return receiver
         if name in ("__next__", "__anext__"):
             found = element_of(receiver)
-            return found.but(origin=Origin.OPENED, call=(node, scope), identity=_place(node, scope), owner=ast.unparse(node)[:60]) if found.is_session else found
+            return (
+                found.but(
+                    origin=Origin.OPENED, call=(node, scope), identity=_place(node, scope), owner=ast.unparse(node)[:60]
+                )
+                if found.is_session
+                else found
+            )
         return element_of(receiver) if name in ("pop", "popleft", "send", "asend") else UNKNOWN
     if kind is Kind.MAPPING:
         element = receiver.element or UNKNOWN
@@ -292,7 +349,7 @@ def _session_method(ev: Evaluator, receiver: Value, name: str, node: ast.Call, s
         return argument(ev, node, scope, 0, "instance").but(fresh=False)
     if name == "connection":
         return Value(Kind.CONNECTION, name="connection", steps=receiver.steps, identity=receiver.identity)
-    if name in ("get_bind",):
+    if name == "get_bind":
         return Value(Kind.OBJECT, name="sqlalchemy.Engine")
     if name == "run_sync":
         func = argument(ev, node, scope, 0)
@@ -351,8 +408,3 @@ def _scalars_method(receiver: Value, name: str) -> Value:
     if name in ("all", "fetchall", "fetchmany", "to_list"):
         return sequence(element)
     return receiver if name in ("unique", "yield_per", "partitions") else UNKNOWN
-
-
-def annotated(ev: Evaluator, node: ast.expr, scope: Scope) -> Value:
-    """Return an instance of what *node* names, as an annotation would."""
-    return annotations.annotation(ev, node, scope)

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 
 from aftercommit_check.facts import library
 from aftercommit_check.facts.values import UNKNOWN, Kind, Origin, Value
-from aftercommit_check.index.scopes import Binding, Class, Function
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from aftercommit_check.facts.infer import Evaluator
+    from aftercommit_check.index.scopes import Binding, Class, Function
 
 MAPPED_BASES = frozenset(
     {

@@ -5,24 +5,50 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING
 
-from aftercommit_check.facts import annotations, classes, library
+from aftercommit_check.facts import classes, library, typehints
 from aftercommit_check.facts.values import SCALAR, UNKNOWN, Kind, Origin, Value, element_of, join, sequence
 from aftercommit_check.findings import Step
-from aftercommit_check.index.scopes import Function, Scope
 
 if TYPE_CHECKING:
     from aftercommit_check.facts.infer import Evaluator
-    from aftercommit_check.index.scopes import Param
+    from aftercommit_check.index.scopes import Function, Param, Scope
 
 CONTEXT_MANAGERS = frozenset({"contextmanager", "asynccontextmanager"})
 DEPENDS = frozenset({"Depends", "Security"})
 EXPUNGING = frozenset({"expunge", "expunge_all", "make_transient"})
 EXPUNGED = "expunged"
 NOT_ATTACHING = frozenset(
-    "add_task BackgroundTask create_task ensure_future submit run_in_executor to_thread Thread gather start_soon "
-    "print str repr len isinstance info debug warning error exception append extend model_validate from_orm getattr".split()
+    [
+        "add_task",
+        "BackgroundTask",
+        "create_task",
+        "ensure_future",
+        "submit",
+        "run_in_executor",
+        "to_thread",
+        "Thread",
+        "gather",
+        "start_soon",
+        "print",
+        "str",
+        "repr",
+        "len",
+        "isinstance",
+        "info",
+        "debug",
+        "warning",
+        "error",
+        "exception",
+        "append",
+        "extend",
+        "model_validate",
+        "from_orm",
+        "getattr",
+    ]
 )
-ENDPOINT_VERBS = frozenset({"get", "post", "put", "patch", "delete", "options", "head", "api_route", "route", "websocket"})
+ENDPOINT_VERBS = frozenset(
+    {"get", "post", "put", "patch", "delete", "options", "head", "api_route", "route", "websocket"}
+)
 
 
 def param_value(ev: Evaluator, func: Function, param: Param) -> Value:
@@ -48,20 +74,25 @@ def _param_value(ev: Evaluator, func: Function, param: Param) -> Value:
         return classes.instance(ev, owner)
     scope = func.parent or func
     if param.kind:
-        inner = annotations.annotation(ev, param.annotation, scope) if param.annotation is not None else UNKNOWN
+        inner = typehints.annotation(ev, param.annotation, scope) if param.annotation is not None else UNKNOWN
         return sequence(inner) if param.kind == "*" else Value(Kind.MAPPING, element=inner)
-    value = annotations.annotation(ev, param.annotation, scope) if param.annotation is not None else UNKNOWN
+    value = typehints.annotation(ev, param.annotation, scope) if param.annotation is not None else UNKNOWN
     dependency = dependency_of(ev, func, param)
     if dependency is not None:
         given = provided(ev, dependency[0], dependency[1])
         if given.kind in (Kind.SESSION, Kind.CONNECTION, Kind.FACTORY) or (given.mapped and not value.mapped):
             if value.kind is not Kind.SESSION and value.kind is not Kind.CONNECTION:
                 value = given
-        elif not value.is_known or value.kind in (Kind.OBJECT, Kind.EXTERNAL) or (
-            value.kind is Kind.MAPPING and given.is_known
+        elif (
+            not value.is_known
+            or value.kind in (Kind.OBJECT, Kind.EXTERNAL)
+            or (value.kind is Kind.MAPPING and given.is_known)
         ):
             value = given if given.is_known else value
-        steps = (*given.steps[-1:], Step(func.module.shown, param.line, f"`{param.name}` comes from {_said(dependency[0])}"))
+        steps = (
+            *given.steps[-1:],
+            Step(func.module.shown, param.line, f"`{param.name}` comes from {_said(dependency[0])}"),
+        )
         name = ast.unparse(dependency[0])[:60] if dependency[0] is not None else ""
         if value.kind in (Kind.SESSION, Kind.CONNECTION):
             return value.but(origin=Origin.REQUEST, identity=f"depends:{name}", owner=name, steps=steps, call=None)
@@ -78,7 +109,11 @@ def _param_value(ev: Evaluator, func: Function, param: Param) -> Value:
     if value.kind is Kind.UNKNOWN or (value.kind is Kind.OBJECT and value.name.rpartition(".")[2].endswith("Session")):
         if _looks_like_session(ev, func, param, ""):
             return Value(
-                Kind.SESSION, origin=Origin.PARAMETER, identity=f"{func.qualname}:{param.name}", sure=False, steps=(step,)
+                Kind.SESSION,
+                origin=Origin.PARAMETER,
+                identity=f"{func.qualname}:{param.name}",
+                sure=False,
+                steps=(step,),
             )
         if param.default is not None and value.kind is Kind.UNKNOWN:
             default = ev.infer(param.default, scope)
@@ -96,7 +131,7 @@ def dependency_of(ev: Evaluator, func: Function, param: Param) -> tuple[ast.expr
     if is_depends(param.default):
         return _depends_argument(param.default, param.annotation), scope
     if param.annotation is not None:
-        for node, where in annotations.metadata(ev, param.annotation, scope):
+        for node, where in typehints.metadata(ev, param.annotation, scope):
             if is_depends(node):
                 first = _depends_argument(node, None)
                 return first, where
@@ -109,7 +144,7 @@ def dependency_of(ev: Evaluator, func: Function, param: Param) -> tuple[ast.expr
 
 def is_depends(node: ast.expr | None) -> bool:
     """Return whether *node* is ``Depends(…)`` or ``Security(…)``."""
-    return isinstance(node, ast.Call) and annotations.last_name(node.func) in DEPENDS
+    return isinstance(node, ast.Call) and typehints.last_name(node.func) in DEPENDS
 
 
 def _depends_argument(node: ast.expr | None, otherwise: ast.expr | None) -> ast.expr | None:
@@ -152,7 +187,7 @@ def _settled(value: Value) -> Value:
 def _looks_like_session(ev: Evaluator, func: Function, param: Param, dependency: str) -> bool:
     """Guess from name and use whether an untyped parameter is a session."""
     if param.annotation is not None:
-        last = annotations.last_name(param.annotation)
+        last = typehints.last_name(param.annotation)
         if last in ("Any", "object"):
             pass
         elif not last.endswith("Session") or param.name not in library.SESSION_LIKE_NAMES:
@@ -202,7 +237,10 @@ def result(
         ev.type_variables.append(variables)
     try:
         if needs_frame and call is not None:
-            given = {name: ev.infer(node, scope) for name, node, scope in bind(func, call[0], call[1], skip=receiver is not None)}
+            given = {
+                name: ev.infer(node, scope)
+                for name, node, scope in bind(func, call[0], call[1], skip=receiver is not None)
+            }
             frame = {**given, **_self_frame(func, receiver)}
             with ev.frame(func, frame):
                 value = _result(ev, func)
@@ -228,19 +266,19 @@ def _self_frame(func: Function, receiver: Value | None) -> dict[str, Value]:
 
 def _has_bare_params(func: Function) -> bool:
     """Return whether a result can depend on arguments: no result annotation and parameters without one."""
-    if func.returns is not None and annotations.last_name(func.returns) not in ("Any", "object"):
+    if func.returns is not None and typehints.last_name(func.returns) not in ("Any", "object"):
         return False
     return any(param.annotation is None for param in func.params) or any(
-        isinstance(param.annotation, ast.Subscript) and annotations.last_name(param.annotation.value) in ("type", "Type")
+        isinstance(param.annotation, ast.Subscript) and typehints.last_name(param.annotation.value) in ("type", "Type")
         for param in func.params
     )
 
 
 def _result(ev: Evaluator, func: Function) -> Value:
     scope = func.parent or func
-    declared = annotations.annotation(ev, func.returns, scope) if func.returns is not None else UNKNOWN
+    declared = typehints.annotation(ev, func.returns, scope) if func.returns is not None else UNKNOWN
     names = func.decorator_names()
-    if func.is_generator or declared.kind is Kind.SEQUENCE and CONTEXT_MANAGERS & set(names):
+    if func.is_generator or (declared.kind is Kind.SEQUENCE and CONTEXT_MANAGERS & set(names)):
         element = element_of(declared) if declared.kind is Kind.SEQUENCE else declared
         if _vague(element):
             element = join([_yielded(ev, node, func) for node in func.body.yields])
@@ -261,7 +299,9 @@ def _result(ev: Evaluator, func: Function) -> Value:
         value = _concrete(ev, func, value)
     if value.kind is Kind.SESSION and value.origin is Origin.UNKNOWN:
         value = value.but(origin=Origin.OPENED)
-    if any(annotations.last_name(call.func) in EXPUNGING for call, _ in func.body.calls) or _outlives_session(ev, func, value):
+    if any(typehints.last_name(call.func) in EXPUNGING for call, _ in func.body.calls) or _outlives_session(
+        ev, func, value
+    ):
         value = unattached(value)
     if func.is_async:
         return Value(Kind.COROUTINE, element=value, func=func, steps=value.steps)
@@ -270,7 +310,9 @@ def _result(ev: Evaluator, func: Function) -> Value:
 
 def _outlives_session(ev: Evaluator, func: Function, value: Value) -> bool:
     """Return whether the rows that *func* returns come from a session that it opened itself: they are detached by then."""
-    if not has_row(value) or not any(annotations.last_name(call.func) not in NOT_ATTACHING for call, _ in func.body.calls):
+    if not has_row(value) or not any(
+        typehints.last_name(call.func) not in NOT_ATTACHING for call, _ in func.body.calls
+    ):
         return False
     found = [ev.infer(node, func) for node in func.body.returns]
     rows = [row for item in found for row in rows_in(item)]
@@ -279,10 +321,13 @@ def _outlives_session(ev: Evaluator, func: Function, value: Value) -> bool:
     # Added to, or refreshed by, a session of the function's own.
     names = {node.id for node in func.body.returns if isinstance(node, ast.Name)}
     for call, scope in func.body.calls:
-        if annotations.last_name(call.func) in ("add", "merge", "refresh", "delete") and isinstance(call.func, ast.Attribute):
-            if any(isinstance(arg, ast.Name) and arg.id in names for arg in call.args):
-                session = ev.infer(call.func.value, scope)
-                return session.kind is Kind.SESSION and session.origin is Origin.OPENED
+        if (
+            typehints.last_name(call.func) in ("add", "merge", "refresh", "delete")
+            and isinstance(call.func, ast.Attribute)
+            and any(isinstance(arg, ast.Name) and arg.id in names for arg in call.args)
+        ):
+            session = ev.infer(call.func.value, scope)
+            return session.kind is Kind.SESSION and session.origin is Origin.OPENED
     return False
 
 
@@ -330,7 +375,7 @@ def unattached(value: Value) -> Value:
 def attaches(scope: Function, name: str) -> bool:
     """Return whether *scope* passes the new row *name* on to something that may add it to a session."""
     for call, _ in scope.body.calls:
-        last = annotations.last_name(call.func)
+        last = typehints.last_name(call.func)
         if last in NOT_ATTACHING:
             continue
         for node in [*call.args, *(keyword.value for keyword in call.keywords)]:
@@ -386,6 +431,7 @@ def bind(
         scope: Where the call stands.
         skip: Whether the first parameter is already bound (``self``).
         first: How many positional arguments of the call are not the function's (``add_task``'s own).
+
     """
     params = [param for param in func.params if not param.kind and not param.keyword_only]
     if skip and params and "staticmethod" not in func.decorator_names() and func.owner is not None:
@@ -397,6 +443,8 @@ def bind(
         found.append((param.name, node, scope))
     names = {param.name for param in func.params if not param.kind}
     found += [
-        (keyword.arg, keyword.value, scope) for keyword in call.keywords if keyword.arg is not None and keyword.arg in names
+        (keyword.arg, keyword.value, scope)
+        for keyword in call.keywords
+        if keyword.arg is not None and keyword.arg in names
     ]
     return found

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TYPE_CHECKING
 
-from aftercommit_check.facts import annotations, classes, functions, library
-from aftercommit_check.facts.values import UNKNOWN, Kind, Value, join
-from aftercommit_check.index.scopes import Function, Scope
+from aftercommit_check.facts import classes, functions, library, typehints
+from aftercommit_check.facts.values import UNKNOWN, Kind, Value
 
 if TYPE_CHECKING:
     from aftercommit_check.facts.infer import Evaluator
+    from aftercommit_check.index.scopes import Function, Scope
 
 
 class Way(Enum):
@@ -49,6 +49,7 @@ class Handover:
         target_node: The expression of it.
         arguments: What crosses with it.
         sure: Whether it surely is such a call; by its name only, if not.
+
     """
 
     way: Way
@@ -74,7 +75,7 @@ TRIGGERS = frozenset(
 
 def find(ev: Evaluator, call: ast.Call, scope: Scope, wrappers: dict[str, str] | None = None) -> Handover | None:
     """Return what *call* hands over, or None if it does not."""
-    name = annotations.last_name(call.func)
+    name = typehints.last_name(call.func)
     if name in TRIGGERS:
         if name == "add_task":
             return _add_task(ev, call, scope)
@@ -88,7 +89,7 @@ def find(ev: Evaluator, call: ast.Call, scope: Scope, wrappers: dict[str, str] |
             return _submit(ev, call, scope)
         if name in ("run_in_executor", "call_soon_threadsafe", "call_later"):
             return _run_in_executor(ev, call, scope, name)
-        if name == "to_thread" or name == "run_in_threadpool":
+        if name in {"to_thread", "run_in_threadpool"}:
             return _callable(ev, Way.THREAD, call, scope, 0, sure=True)
         if name == "start_new_thread":
             return _thread(ev, call, scope)
@@ -101,12 +102,12 @@ def find(ev: Evaluator, call: ast.Call, scope: Scope, wrappers: dict[str, str] |
 
 def _receiver(ev: Evaluator, call: ast.Call, scope: Scope) -> tuple[Value, str]:
     if isinstance(call.func, ast.Attribute):
-        return ev.infer(call.func.value, scope), annotations.last_name(call.func.value) or _called(call.func.value)
+        return ev.infer(call.func.value, scope), typehints.last_name(call.func.value) or _called(call.func.value)
     return UNKNOWN, ""
 
 
 def _called(node: ast.expr) -> str:
-    return annotations.last_name(node.func) if isinstance(node, ast.Call) else ""
+    return typehints.last_name(node.func) if isinstance(node, ast.Call) else ""
 
 
 def is_background_tasks(ev: Evaluator, value: Value) -> bool | None:
@@ -146,7 +147,11 @@ def _task(ev: Evaluator, call: ast.Call, scope: Scope, name: str) -> Handover | 
         way = Way.TASK
     elif receiver.kind is Kind.OBJECT and library.root_of(receiver.name) not in ("asyncio", "anyio", "trio"):
         return None
-    elif receiver.kind is Kind.OBJECT and "TaskGroup" in receiver.name or GROUP_NAMES.search(shown) or name == "start_soon":
+    elif (
+        (receiver.kind is Kind.OBJECT and "TaskGroup" in receiver.name)
+        or GROUP_NAMES.search(shown)
+        or name == "start_soon"
+    ):
         way = Way.GROUP
     elif LOOP_NAMES.search(shown) or shown.startswith(("get_event_loop", "get_running_loop")):
         way = Way.TASK
@@ -154,7 +159,7 @@ def _task(ev: Evaluator, call: ast.Call, scope: Scope, name: str) -> Handover | 
         return None
     if name == "start_soon":
         return _callable(ev, way, call, scope, 0, sure=True)
-    return _coroutine(ev, way, call, scope, calls_argument(call, 0, "coro"))
+    return coroutine(ev, way, call, scope, calls_argument(call, 0, "coro"))
 
 
 def calls_argument(call: ast.Call, index: int, name: str) -> ast.expr | None:
@@ -166,7 +171,11 @@ def calls_argument(call: ast.Call, index: int, name: str) -> ast.expr | None:
 
 def _thread(ev: Evaluator, call: ast.Call, scope: Scope) -> Handover | None:
     value = ev.infer(call.func, scope)
-    if value.kind is not Kind.EXTERNAL or library.root_of(value.name) not in ("threading", "_thread", "multiprocessing"):
+    if value.kind is not Kind.EXTERNAL or library.root_of(value.name) not in (
+        "threading",
+        "_thread",
+        "multiprocessing",
+    ):
         return None
     timer = value.name.endswith(("Timer", "start_new_thread"))
     index = 0 if value.name.endswith("start_new_thread") else 1
@@ -218,7 +227,7 @@ def _callable(ev: Evaluator, way: Way, call: ast.Call, scope: Scope, first: int,
         return None
     value, given = _target(ev, target, scope)
     if isinstance(target, ast.Call) and value.kind is Kind.COROUTINE:
-        inner = _coroutine(ev, way, call, scope, target)
+        inner = coroutine(ev, way, call, scope, target)
         if inner is not None:
             return inner
     arguments = [*given, *_arguments(ev, value, call, scope, first + 1)]
@@ -238,9 +247,11 @@ def _target(ev: Evaluator, node: ast.expr, scope: Scope) -> tuple[Value, list[Ar
     return value, given
 
 
-def _coroutine(ev: Evaluator, way: Way, call: ast.Call, scope: Scope, node: ast.expr | None, depth: int = 0) -> Handover | None:
+def coroutine(
+    ev: Evaluator, way: Way, call: ast.Call, scope: Scope, node: ast.expr | None, depth: int = 0
+) -> Handover | None:
     """Read ``create_task(function(…))``: the inner call's arguments cross."""
-    inner = resolve_call(ev, node, scope) if node is not None else None
+    inner = resolve_call(node, scope) if node is not None else None
     if inner is None or depth > 4:
         return None
     made, where = inner
@@ -252,7 +263,7 @@ def _coroutine(ev: Evaluator, way: Way, call: ast.Call, scope: Scope, node: ast.
         if isinstance(argument, ast.Call) and (target.kind is not Kind.CLASS):
             nested = ev.infer(argument, where)
             if nested.kind is Kind.COROUTINE:
-                found = _coroutine(ev, way, call, where, argument, depth + 1)
+                found = coroutine(ev, way, call, where, argument, depth + 1)
                 if found is not None:
                     if target.func is None:
                         return found
@@ -260,7 +271,7 @@ def _coroutine(ev: Evaluator, way: Way, call: ast.Call, scope: Scope, node: ast.
     return Handover(way, call, scope, target, made.func, (*arguments, *extra), True)
 
 
-def resolve_call(ev: Evaluator, node: ast.expr, scope: Scope) -> tuple[ast.Call, Scope] | None:
+def resolve_call(node: ast.expr, scope: Scope) -> tuple[ast.Call, Scope] | None:
     """Return the call that *node* is, or that the variable *node* was last given."""
     if isinstance(node, ast.Call):
         return node, scope
@@ -279,7 +290,10 @@ def resolve_call(ev: Evaluator, node: ast.expr, scope: Scope) -> tuple[ast.Call,
 def _arguments(ev: Evaluator, target: Value, call: ast.Call, scope: Scope, first: int) -> list[Argument]:
     names: dict[ast.expr, str] = {}
     if target.func is not None:
-        names = {node: name for name, node, _ in functions.bind(target.func, call, scope, skip=target.kind is Kind.METHOD, first=first)}
+        names = {
+            node: name
+            for name, node, _ in functions.bind(target.func, call, scope, skip=target.kind is Kind.METHOD, first=first)
+        }
     elif target.kind is Kind.CLASS and target.cls is not None:
         init = classes.find_method(ev, target.cls, "__init__")
         if init is not None:
@@ -333,7 +347,7 @@ def _spread_mapping(ev: Evaluator, node: ast.expr | None, scope: Scope) -> list[
             Argument(value, scope, ev.infer(value, scope), str(key.value) if isinstance(key, ast.Constant) else "")
             for key, value in zip(node.keys, node.values, strict=True)
         ]
-    if isinstance(node, ast.Call) and annotations.last_name(node.func) == "dict":
+    if isinstance(node, ast.Call) and typehints.last_name(node.func) == "dict":
         return [Argument(word.value, scope, ev.infer(word.value, scope), word.arg or "") for word in node.keywords]
     return [Argument(node, scope, ev.infer(node, scope), "")]
 
@@ -346,7 +360,7 @@ def _literal(node: ast.Name, scope: Scope) -> ast.expr | None:
         if bindings:
             value = bindings[-1].value
             literal = isinstance(value, ast.Tuple | ast.List | ast.Dict) or (
-                isinstance(value, ast.Call) and annotations.last_name(value.func) == "dict"
+                isinstance(value, ast.Call) and typehints.last_name(value.func) == "dict"
             )
             return value if literal and bindings[-1].kind == "assign" else None
         current = current.parent
@@ -360,16 +374,18 @@ def _wrapped(ev: Evaluator, call: ast.Call, scope: Scope) -> Handover | None:
         return None
     shape = forwards(ev, func.func)
     if shape is None:
-        return None
-    way, target_param, spreads, more = shape
+        way = started_by_decorator(ev, func.func)
+        if way is None:
+            return None
+        return Handover(way, call, scope, func, call.func, tuple(_arguments(ev, func, call, scope, 0)), True)
+    way, target_param, spreads = shape
     bound = {name: node for name, node, _ in functions.bind(func.func, call, scope, skip=func.kind is Kind.METHOD)}
     target = bound.get(target_param)
     if target is None:
         return None
     value, given = _target(ev, target, scope)
     if value.kind is Kind.COROUTINE:
-        inner = _coroutine(ev, way, call, scope, target)
-        return inner
+        return coroutine(ev, way, call, scope, target)
     if not spreads:
         return Handover(way, call, scope, value, target, tuple(given), True)
     rest = [node for node in call.args if node not in bound.values() and not isinstance(node, ast.Starred)]
@@ -380,47 +396,74 @@ def _wrapped(ev: Evaluator, call: ast.Call, scope: Scope) -> Handover | None:
         names = names[1:] if value.kind is Kind.METHOD and value.func.owner is not None else names
     arguments = [
         *given,
-        *(Argument(node, scope, ev.infer(node, scope), names[index] if index < len(names) else "") for index, node in enumerate(rest)),
+        *(
+            Argument(node, scope, ev.infer(node, scope), names[index] if index < len(names) else "")
+            for index, node in enumerate(rest)
+        ),
         *(Argument(word.value, scope, ev.infer(word.value, scope), word.arg or "") for word in named),
     ]
-    del more
     return Handover(way, call, scope, value, target, tuple(arguments), True)
 
 
-def forwards(ev: Evaluator, func: Function, depth: int = 0) -> tuple[Way, str, bool, bool] | None:
+def forwards(ev: Evaluator, func: Function, depth: int = 0) -> tuple[Way, str, bool] | None:
     """Return how *func* hands one of its parameters over, if it does.
 
     Returns:
-        The way, the parameter that is run, whether ``*args`` or ``**kwargs`` go with it, and whether it adds more.
+        The way, the parameter that is run, whether ``*args`` or ``**kwargs`` go with it.
+
     """
     key: tuple[object, ...] = ("forwards", func)
     if key in ev.function_facts:
         known = ev.function_facts[key]
-        return known if isinstance(known, tuple) else None  # type: ignore[return-value]
+        return known if isinstance(known, tuple) else None
     ev.function_facts[key] = None
-    found: tuple[Way, str, bool, bool] | None = None
+    found: tuple[Way, str, bool] | None = None
     names = {param.name for param in func.params if not param.kind}
     for call, scope in func.body.calls:
-        if annotations.last_name(call.func) not in TRIGGERS or depth > 2:
+        if typehints.last_name(call.func) not in TRIGGERS or depth > 2:
             continue
         handover = find(ev, call, scope)
         if handover is None:
             continue
         target = handover.target_node
         if isinstance(target, ast.Name) and target.id in names:
-            spreads = any(isinstance(node, ast.Starred) for node in call.args) or any(word.arg is None for word in call.keywords)
-            found = (handover.way, target.id, spreads, False)
+            spreads = any(isinstance(node, ast.Starred) for node in call.args) or any(
+                word.arg is None for word in call.keywords
+            )
+            found = (handover.way, target.id, spreads)
             break
     if found is None:
         for call, scope in func.body.calls:
-            if annotations.last_name(call.func) in TASK_CALLS and call.args and isinstance(call.args[0], ast.Name):
+            if typehints.last_name(call.func) in TASK_CALLS and call.args and isinstance(call.args[0], ast.Name):
                 param = func.param(call.args[0].id)
                 if param is not None and ev.infer(call.func, scope).kind is Kind.EXTERNAL:
-                    found = (Way.TASK, param.name, False, False)
+                    found = (Way.TASK, param.name, False)
     ev.function_facts[key] = found
     return found
 
 
-def joined_value(handover: Handover) -> Value:
-    """Return one value for all that crosses."""
-    return join([argument.value for argument in handover.arguments])
+def started_by_decorator(ev: Evaluator, func: Function) -> Way | None:
+    """Return how a decorator of *func* turns calling it into handing it over, if one does."""
+    for decorator in func.decorators:
+        node = decorator.func if isinstance(decorator, ast.Call) else decorator
+        value = ev.infer(node, func.parent or func)
+        if value.kind is not Kind.FUNCTION or value.func is None:
+            continue
+        layers = [value.func, *value.func.body.nested]
+        runs = {layer.params[0].name for layer in layers if layer.params}
+        for layer in [inner for outer in layers for inner in outer.body.nested]:
+            for call, _ in layer.body.calls:
+                name = typehints.last_name(call.func)
+                if name not in TRIGGERS:
+                    continue
+                for given in [
+                    *call.args[:2],
+                    *(word.value for word in call.keywords if word.arg in ("target", "func")),
+                ]:
+                    bare = given.func if isinstance(given, ast.Call) else given
+                    if isinstance(bare, ast.Name) and bare.id in runs and bare.id not in {p.name for p in layer.params}:
+                        return _WAYS.get(name, Way.THREAD)
+    return None
+
+
+_WAYS = {"add_task": Way.BACKGROUND, "BackgroundTask": Way.BACKGROUND} | dict.fromkeys(TASK_CALLS, Way.TASK)

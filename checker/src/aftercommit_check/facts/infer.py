@@ -1,4 +1,4 @@
-"""The evaluator: what is this expression, as far as reading can tell?
+"""The evaluator, which says what an expression is, as far as reading can tell.
 
 Nothing is run or imported. Every question is answered from the syntax trees on demand, with a memory for answers and
 a limit on how deep one question may lead to another.
@@ -10,7 +10,7 @@ import ast
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from aftercommit_check.facts import annotations, calls, classes, functions, members
+from aftercommit_check.facts import calls, classes, functions, members, typehints
 from aftercommit_check.facts.values import (
     NONE,
     SCALAR,
@@ -35,9 +35,60 @@ MAX_STEPS = 150_000
 """How many expressions may be looked at for one file; enough for everything seen, and an end for what was not."""
 
 BUILTINS = frozenset(
-    "abs all anext any aiter bool bytes callable classmethod dict dir divmod enumerate filter float format frozenset "
-    "getattr hasattr hash id int isinstance issubclass iter len list map max min next object open ord pow print "
-    "property range repr reversed round set setattr sorted staticmethod str sum super tuple type vars zip".split()
+    [
+        "abs",
+        "all",
+        "anext",
+        "any",
+        "aiter",
+        "bool",
+        "bytes",
+        "callable",
+        "classmethod",
+        "dict",
+        "dir",
+        "divmod",
+        "enumerate",
+        "filter",
+        "float",
+        "format",
+        "frozenset",
+        "getattr",
+        "hasattr",
+        "hash",
+        "id",
+        "int",
+        "isinstance",
+        "issubclass",
+        "iter",
+        "len",
+        "list",
+        "map",
+        "max",
+        "min",
+        "next",
+        "object",
+        "open",
+        "ord",
+        "pow",
+        "print",
+        "property",
+        "range",
+        "repr",
+        "reversed",
+        "round",
+        "set",
+        "setattr",
+        "sorted",
+        "staticmethod",
+        "str",
+        "sum",
+        "super",
+        "tuple",
+        "type",
+        "vars",
+        "zip",
+    ]
 )
 
 
@@ -168,7 +219,7 @@ class Evaluator:
         value = self.infer(node.value, scope)
         if value.kind is Kind.CLASS:
             parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
-            return value.but(args=tuple(annotations.annotation(self, part, scope) for part in parts))
+            return value.but(args=tuple(typehints.annotation(self, part, scope) for part in parts))
         if value.kind in (Kind.EXTERNAL, Kind.FACTORY):
             return value
         if isinstance(node.slice, ast.Slice):
@@ -215,7 +266,9 @@ class Evaluator:
             certain = bool(bindings) and position is not None and bindings[-1].reaches(position[0])
             if param is not None and not certain:
                 given = frame.get(name) if frame else None
-                values.append(given if given is not None and given.is_known else functions.param_value(self, scope, param))
+                values.append(
+                    given if given is not None and given.is_known else functions.param_value(self, scope, param)
+                )
             value = join(values)
             if value.fresh and value.mapped and value.owner != functions.EXPUNGED and functions.attaches(scope, name):
                 value = value.but(fresh=False)
@@ -252,7 +305,9 @@ class Evaluator:
             return value
         found = [self.infer(node, inner) for node, inner in additions(name, scope)]
         found = [
-            element_of(item) if isinstance(item, Value) and item.kind is Kind.SEQUENCE and value.kind is Kind.SEQUENCE else item
+            element_of(item)
+            if isinstance(item, Value) and item.kind is Kind.SEQUENCE and value.kind is Kind.SEQUENCE
+            else item
             for item in found
         ]
         element = join(found) if found else UNKNOWN
@@ -269,10 +324,12 @@ class Evaluator:
             return self.module_named(binding.name, scope.module)
         if binding.kind == "from":
             node = binding.node
-            return self._imported_from(node, binding.name, scope.module) if isinstance(node, ast.ImportFrom) else UNKNOWN
+            return (
+                self._imported_from(node, binding.name, scope.module) if isinstance(node, ast.ImportFrom) else UNKNOWN
+            )
         value = UNKNOWN
         if binding.annotation is not None and not binding.unpack:
-            value = annotations.annotation(self, binding.annotation, scope)
+            value = typehints.annotation(self, binding.annotation, scope)
             if value.is_known and value.kind not in (Kind.OBJECT, Kind.SCALAR) and not _empty(value):
                 if binding.value is not None and (value.mapped or value.is_session):
                     made = self.infer(binding.value, scope)
@@ -314,7 +371,7 @@ class Evaluator:
         return value
 
     def _imported_from(self, node: ast.ImportFrom, name: str, importer: Module) -> Value:
-        module = self._source_of(node, importer)
+        module = self.source_of(node, importer)
         if module is not None:
             value = self.member(module, name)
             if value.is_known:
@@ -332,7 +389,8 @@ class Evaluator:
                 return Value(Kind.MODULE, module=found)
         return Value(Kind.EXTERNAL, name=f"{node.module or ''}.{name}".lstrip("."))
 
-    def _source_of(self, node: ast.ImportFrom, importer: Module) -> Module | None:
+    def source_of(self, node: ast.ImportFrom, importer: Module) -> Module | None:
+        """Return the project's module that a ``from … import`` names."""
         if node.level:
             path = self.project.resolve_relative(node.module or "", node.level, importer)
         else:
@@ -342,7 +400,7 @@ class Evaluator:
     def _starred(self, name: str, scope: Scope) -> Value | None:
         for binding in scope.bindings.get("*", []):
             if isinstance(binding.node, ast.ImportFrom):
-                module = self._source_of(binding.node, scope.module)
+                module = self.source_of(binding.node, scope.module)
                 if module is not None and module is not scope.module:
                     value = self.member(module, name)
                     if value.is_known:
@@ -353,7 +411,7 @@ class Evaluator:
 
     def annotation(self, node: ast.expr, scope: Scope) -> Value:
         """Return an instance of what the annotation *node* names."""
-        return annotations.annotation(self, node, scope)
+        return typehints.annotation(self, node, scope)
 
     def is_mapped(self, cls: Class) -> bool:
         """Return whether *cls* is mapped to a table."""

@@ -16,7 +16,9 @@ DRIVERS = frozenset(
     {"psycopg", "psycopg2", "asyncpg", "sqlite3", "aiosqlite", "pymysql", "MySQLdb", "aiomysql", "asyncmy", "pyodbc",
      "oracledb", "cx_Oracle", "mysql", "aiopg", "psycopg_pool"}
 )  # fmt: skip
-POOL_NAMES = frozenset({"ConnectionPool", "AsyncConnectionPool", "Pool", "SimpleConnectionPool", "ThreadedConnectionPool"})
+POOL_NAMES = frozenset(
+    {"ConnectionPool", "AsyncConnectionPool", "Pool", "SimpleConnectionPool", "ThreadedConnectionPool"}
+)
 POOL_CALLS = frozenset({"create_pool"})
 BACKGROUND_TASKS = frozenset(
     {"fastapi.BackgroundTasks", "fastapi.background.BackgroundTasks", "starlette.background.BackgroundTasks"}
@@ -53,7 +55,11 @@ def external_instance(name: str) -> Value:
     root, last = root_of(name), name.rpartition(".")[2]
     if root in ("sqlalchemy", "sqlmodel"):
         if last in SESSION_NAMES or last in REGISTRY_NAMES:
-            return Value(Kind.SESSION, name=name, is_async="sync" in name and last != "Session" or last.startswith(("Async", "async")))
+            return Value(
+                Kind.SESSION,
+                name=name,
+                is_async=("sync" in name and last != "Session") or last.startswith(("Async", "async")),
+            )
         if last in FACTORY_NAMES:
             return Value(Kind.FACTORY, name=name, is_async=last.startswith("async"))
         if last in ("Connection", "AsyncConnection"):
@@ -79,7 +85,9 @@ def external_call(name: str) -> Value | None:
         if last in FACTORY_NAMES or last in REGISTRY_NAMES:
             return Value(Kind.FACTORY, name=name, is_async=last.startswith("async"))
         if last in SESSION_NAMES:
-            return Value(Kind.SESSION, name=name, origin=Origin.OPENED, is_async=last.startswith("Async") or "asyncio" in name)
+            return Value(
+                Kind.SESSION, name=name, origin=Origin.OPENED, is_async=last.startswith("Async") or "asyncio" in name
+            )
         if last in ENGINE_CALLS:
             return Value(Kind.OBJECT, name="sqlalchemy.AsyncEngine" if "async" in last else "sqlalchemy.Engine")
         if last in ("declarative_base", "automap_base"):

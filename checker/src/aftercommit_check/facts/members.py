@@ -5,8 +5,8 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING
 
-from aftercommit_check.facts import annotations, classes, functions
-from aftercommit_check.facts.values import SCALAR, UNKNOWN, Kind, Origin, Value, element_of, join, sequence
+from aftercommit_check.facts import classes, functions, typehints
+from aftercommit_check.facts.values import SCALAR, UNKNOWN, Kind, Origin, Value, element_of, sequence
 from aftercommit_check.findings import Step
 from aftercommit_check.index.scopes import Class, Function
 
@@ -14,7 +14,9 @@ if TYPE_CHECKING:
     from aftercommit_check.facts.infer import Evaluator
     from aftercommit_check.index.scopes import Binding
 
-COLUMN_CALLS = frozenset({"Column", "mapped_column", "column_property", "synonym", "Field", "deferred", "composite", "column"})
+COLUMN_CALLS = frozenset(
+    {"Column", "mapped_column", "column_property", "synonym", "Field", "deferred", "composite", "column"}
+)
 RELATION_CALLS = frozenset({"relationship", "Relationship", "dynamic_loader", "backref"})
 
 
@@ -29,7 +31,10 @@ def attribute(ev: Evaluator, value: Value, name: str) -> Value:
     if value.kind is Kind.INSTANCE:
         return instance_attribute(ev, value, name)
     if value.kind is Kind.ROW:
-        return next((part for part in value.args if part.cls is not None and part.cls.name == name), SCALAR if name == "id" else UNKNOWN)
+        return next(
+            (part for part in value.args if part.cls is not None and part.cls.name == name),
+            SCALAR if name == "id" else UNKNOWN,
+        )
     if value.kind is Kind.SESSION and value.cls is not None:
         method = classes.find_method(ev, value.cls, name)
         if method is not None:
@@ -84,7 +89,9 @@ def instance_attribute(ev: Evaluator, value: Value, name: str) -> Value:
             found = _assigned(ev, value, part, method, binding)
             if found.is_known and found.kind is not Kind.NONE:
                 if found.kind in (Kind.SESSION, Kind.CONNECTION):
-                    step = Step(part.module.shown, getattr(binding.node, "lineno", 1), f"kept as `self.{name}` by {part.name}")
+                    step = Step(
+                        part.module.shown, getattr(binding.node, "lineno", 1), f"kept as `self.{name}` by {part.name}"
+                    )
                     identity = found.identity or f"{part.name}.{name}"
                     found = found.but(identity=identity, call=None).after(step)
                 return found
@@ -122,7 +129,7 @@ def _declared(ev: Evaluator, value: Value, owner: Class, binding: Binding, name:
             found = ev.annotation(binding.annotation, owner)
         dependency = binding.value if functions.is_depends(binding.value) else None
         if dependency is None:
-            for node, _ in annotations.metadata(ev, binding.annotation, owner):
+            for node, _ in typehints.metadata(ev, binding.annotation, owner):
                 if functions.is_depends(node):
                     dependency = node
         if isinstance(dependency, ast.Call):
@@ -131,10 +138,18 @@ def _declared(ev: Evaluator, value: Value, owner: Class, binding: Binding, name:
             found = given if not found.is_known else found
             said = ast.unparse(inner)[:60] if inner is not None else ""
             if found.kind in (Kind.SESSION, Kind.CONNECTION):
-                step = Step(owner.module.shown, getattr(binding.node, "lineno", 1), f"`{owner.name}.{name}` comes from Depends({said})")
-                return found.but(origin=Origin.REQUEST, identity=f"depends:{said}", owner=said, steps=(*given.steps[-1:], step))
+                step = Step(
+                    owner.module.shown,
+                    getattr(binding.node, "lineno", 1),
+                    f"`{owner.name}.{name}` comes from Depends({said})",
+                )
+                return found.but(
+                    origin=Origin.REQUEST, identity=f"depends:{said}", owner=said, steps=(*given.steps[-1:], step)
+                )
         if found.kind in (Kind.SESSION, Kind.CONNECTION):
-            step = Step(owner.module.shown, getattr(binding.node, "lineno", 1), f"`{owner.name}.{name}` is declared a session")
+            step = Step(
+                owner.module.shown, getattr(binding.node, "lineno", 1), f"`{owner.name}.{name}` is declared a session"
+            )
             return found.but(origin=Origin.PARAMETER, identity=f"{owner.name}.{name}", steps=(step,))
         return found
     if functions.is_depends(binding.value) and isinstance(binding.value, ast.Call):
@@ -150,7 +165,7 @@ def _declared(ev: Evaluator, value: Value, owner: Class, binding: Binding, name:
 def _mapped_attribute(ev: Evaluator, owner: Class, binding: Binding) -> Value:
     """Return an attribute of a row: a column, or rows of a relationship."""
     call = binding.value if isinstance(binding.value, ast.Call) else None
-    made_by = annotations.last_name(call.func) if call is not None else ""
+    made_by = typehints.last_name(call.func) if call is not None else ""
     if binding.annotation is not None:
         found = ev.annotation(binding.annotation, owner)
         if found.mapped or (found.element is not None and found.element.mapped):
@@ -166,7 +181,7 @@ def _mapped_attribute(ev: Evaluator, owner: Class, binding: Binding) -> Value:
 def _related(ev: Evaluator, owner: Class, call: ast.Call | None, annotation: ast.expr | None) -> Value:
     """Return what a relationship leads to; its class may be known by name only."""
     many = annotation is not None and any(
-        isinstance(node, ast.Name | ast.Attribute) and annotations.last_name(node) in annotations.SEQUENCES
+        isinstance(node, ast.Name | ast.Attribute) and typehints.last_name(node) in typehints.SEQUENCES
         for node in ast.walk(annotation)
     )
     target = UNKNOWN
@@ -177,7 +192,7 @@ def _related(ev: Evaluator, owner: Class, call: ast.Call | None, annotation: ast
             name = first.value.rpartition(".")[2]
             target = ev.annotation(ast.Constant(name), owner)
         else:
-            target = annotations.instance_of(ev, ev.infer(first, owner))
+            target = typehints.instance_of(ev, ev.infer(first, owner))
     if not target.mapped:
         target = classes.unknown_mapped(name).but(sure=True)
     return sequence(target) if many else target
@@ -208,8 +223,3 @@ def _assigned(ev: Evaluator, value: Value, owner: Class, method: Function, bindi
     for index in binding.unpack:
         found = found.args[index] if found.kind is Kind.TUPLE and index < len(found.args) else element_of(found)
     return found
-
-
-def joined(values: list[Value]) -> Value:
-    """Return one value for several, see :func:`values.join`."""
-    return join(values)

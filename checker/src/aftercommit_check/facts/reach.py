@@ -53,7 +53,9 @@ def _one_use(ev: Evaluator, func: Function, node: ast.Name, parents: dict[ast.AS
     parent = parents[node]
     if isinstance(parent, ast.Attribute):
         return Use.HARMLESS if parent.attr in library.HARMLESS_METHODS else Use.USED
-    if isinstance(parent, ast.Compare | ast.If | ast.UnaryOp | ast.FormattedValue | ast.Delete | ast.withitem | ast.Assert):
+    if isinstance(
+        parent, ast.Compare | ast.If | ast.UnaryOp | ast.FormattedValue | ast.Delete | ast.withitem | ast.Assert
+    ):
         return Use.HARMLESS
     keyword = parent if isinstance(parent, ast.keyword) else None
     call = parents.get(parent) if keyword is not None else parent
@@ -74,11 +76,19 @@ def _one_use(ev: Evaluator, func: Function, node: ast.Name, parents: dict[ast.AS
 def closes(func: Function, name: str) -> bool:
     """Return whether *func* closes *name*, or hands it to something that says it does."""
     for node in ast.walk(func.node):
-        if isinstance(node, ast.Attribute) and node.attr in ("close", "aclose", "remove") and _is_name(node.value, name):
+        if (
+            isinstance(node, ast.Attribute)
+            and node.attr in ("close", "aclose", "remove")
+            and _is_name(node.value, name)
+        ):
             return True
         if isinstance(node, ast.withitem) and any(_is_name(part, name) for part in _outer(node.context_expr)):
             return True
-        if isinstance(node, ast.Call) and "close" in _last(node.func).lower() and any(_is_name(arg, name) for arg in node.args):
+        if (
+            isinstance(node, ast.Call)
+            and "close" in _last(node.func).lower()
+            and any(_is_name(arg, name) for arg in node.args)
+        ):
             return True
     return False
 
@@ -95,7 +105,9 @@ def _last(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
-def touches(ev: Evaluator, func: Function, frame: dict[str, Value], depth: int = 0, seen: set[object] | None = None) -> Value | None:
+def touches(
+    ev: Evaluator, func: Function, frame: dict[str, Value], depth: int = 0, seen: set[object] | None = None
+) -> Value | None:
     """Return the session or connection of somebody else that running *func* works on, if any.
 
     Sessions that the function opens for itself do not count, nor closing one.
@@ -106,6 +118,7 @@ def touches(ev: Evaluator, func: Function, frame: dict[str, Value], depth: int =
         frame: What its parameters are, as far as they matter (``self``).
         depth: How deep we are.
         seen: What was looked at on the way here.
+
     """
     seen = set() if seen is None else seen
     mark = (func, tuple(sorted((name, value.cls.qualname if value.cls else "") for name, value in frame.items())))
@@ -263,7 +276,9 @@ def attribute_names(ev: Evaluator, value: Value) -> list[str]:
                 if any(method.name in ("__init__", "__post_init__") for method, _ in assignments):
                     found[name] = None
             for name, bindings in part.bindings.items():
-                if bindings[-1].kind == "assign" and (bindings[-1].annotation is not None or functions.is_depends(bindings[-1].value)):
+                if bindings[-1].kind == "assign" and (
+                    bindings[-1].annotation is not None or functions.is_depends(bindings[-1].value)
+                ):
                     found[name] = None
     return list(found)[:40]
 
@@ -318,7 +333,8 @@ def captured(ev: Evaluator, func: Function) -> Iterator[tuple[ast.Name, Value]]:
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load) and node.id not in own and node.id not in done:
             scope: Scope | None = func.parent
             while scope is not None and not (
-                scope.kind != "class" and (node.id in scope.bindings or (isinstance(scope, Function) and scope.param(node.id)))
+                scope.kind != "class"
+                and (node.id in scope.bindings or (isinstance(scope, Function) and scope.param(node.id)))
             ):
                 scope = scope.parent
             if scope is not None and scope.kind != "module":

@@ -75,6 +75,7 @@ class Value:
         fresh: For mapped instances: made by calling the class, and not known to be attached to a session.
         sure: Whether it is known, or only likely.
         steps: The way from where it is born.
+
     """
 
     kind: Kind

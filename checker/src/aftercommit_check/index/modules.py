@@ -10,6 +10,7 @@ import warnings
 from collections import OrderedDict
 from functools import cached_property
 
+from aftercommit_check.index.newer import rewritten
 from aftercommit_check.index.scopes import Scope
 from aftercommit_check.sources.files import UnreadableSourceError, decode, read_bytes
 
@@ -33,6 +34,7 @@ class Module:
         text: The source.
         tree: The syntax tree.
         nested: The scopes in it, by the node that opens them.
+
     """
 
     def __init__(self, path: str, shown: str, text: str, tree: ast.Module) -> None:
@@ -78,16 +80,24 @@ def parse(text: str) -> ast.Module:
 
     Raises:
         UnreadableSourceError: If it is not Python 3, or nested deeper than the parser goes.
+
     """
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
             return ast.parse(text)
-    except SyntaxError as error:
-        kind = "Python 2" if PYTHON_2.search(text) else f"syntax error, line {error.lineno}"
-        raise UnreadableSourceError(f"{kind}: {error.msg}") from error
-    except (ValueError, RecursionError, MemoryError) as error:
-        raise UnreadableSourceError(f"cannot be parsed: {type(error).__name__}") from error
+        except SyntaxError as error:
+            problem = error
+        except (ValueError, RecursionError, MemoryError) as error:
+            raise UnreadableSourceError(f"cannot be parsed: {type(error).__name__}") from error
+        changed = rewritten(text)
+        try:
+            if changed != text:
+                return ast.parse(changed)
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            pass
+    kind = "Python 2" if PYTHON_2.search(text) else f"syntax error, line {problem.lineno}"
+    raise UnreadableSourceError(f"{kind}: {problem.msg}") from problem
 
 
 class Project:
@@ -99,6 +109,7 @@ class Project:
         root: The folder from which paths are looked up.
         files: All sources found, for look-ups by the end of a path where the import roots are unknown.
         base: The folder to which shown paths are relative.
+
     """
 
     def __init__(self, root: str, files: list[str], base: str) -> None:
@@ -124,8 +135,7 @@ class Project:
         """Return the module at *path*, or None if it cannot be read as Python 3."""
         if path in self._modules:
             self._modules.move_to_end(path)
-            found = self._modules[path]
-            return found
+            return self._modules[path]
         module: Module | None = None
         try:
             data = read_bytes(path)
@@ -199,7 +209,7 @@ class Project:
                 if found is not None and found != importer.path:
                     return found
             parent = os.path.dirname(folder)
-            if folder == self.root or parent == folder or not folder.startswith(self.root):
+            if folder in (self.root, parent) or not folder.startswith(self.root):
                 break
             folder = parent
         return self._by_path_end(tail, name)

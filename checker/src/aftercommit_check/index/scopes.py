@@ -35,6 +35,7 @@ class Binding:
         blocks: The conditional blocks around it, as ranges of lines.
         name: For imports, what is imported.
         child: For ``def`` and ``class``, the scope that it opens.
+
     """
 
     kind: str
@@ -85,6 +86,7 @@ class Scope:
         module: The module that it stands in.
         parent: The scope around it.
         name: Its own name.
+
     """
 
     kind = "module"
@@ -182,6 +184,9 @@ class Class(Scope):
                 continue
             owner = method.params[0].name
             for node in ast.walk(method.node):
+                targets: list[ast.expr]
+                value: ast.expr | None
+                annotation: ast.expr | None
                 if isinstance(node, ast.Assign):
                     targets, value, annotation = node.targets, node.value, None
                 elif isinstance(node, ast.AnnAssign):
@@ -383,9 +388,7 @@ class _Binder:
                 if item.optional_vars is not None:
                     for name, unpack in _targets(item.optional_vars):
                         position = _end(item.context_expr)
-                        self.add(
-                            name, Binding("with", node, position, blocks, value=item.context_expr, unpack=unpack)
-                        )
+                        self.add(name, Binding("with", node, position, blocks, value=item.context_expr, unpack=unpack))
             self.block(node.body, blocks)
         elif isinstance(node, ast.Try | ast.TryStar):
             self.block(node.body, blocks)
@@ -401,8 +404,8 @@ class _Binder:
         elif isinstance(node, ast.Import):
             for alias in node.names:
                 name = alias.asname or alias.name.partition(".")[0]
-                target = alias.name if alias.asname else name
-                self.add(name, Binding("import", node, (node.lineno, 0), blocks, name=target))
+                imported = alias.name if alias.asname else name
+                self.add(name, Binding("import", node, (node.lineno, 0), blocks, name=imported))
         elif isinstance(node, ast.ImportFrom):
             for alias in node.names:
                 self.add(alias.asname or alias.name, Binding("from", node, (node.lineno, 0), blocks, name=alias.name))

@@ -19,6 +19,7 @@ class Human:
     Args:
         sources: Where the excerpts come from.
         color: Whether to use colours.
+
     """
 
     def __init__(self, sources: Sources, *, color: bool) -> None:
@@ -54,7 +55,9 @@ class Human:
         shown = []
         for number in numbers:
             mark = self.paint(">", RED) if number == finding.line else " "
-            shown.append(f"  {mark} {self.paint(f'{number:5} |', DIM)} {self.sources.line(finding.path, number)[:WIDTH]}")
+            shown.append(
+                f"  {mark} {self.paint(f'{number:5} |', DIM)} {self.sources.line(finding.path, number)[:WIDTH]}"
+            )
         if last < finding.end_line:
             shown.append(f"    {self.paint('  ... |', DIM)}")
         return "\n".join(shown)

@@ -18,25 +18,24 @@ LEVELS = {"high": "error", "medium": "warning", "low": "note"}
 
 def to_json(findings: list[Finding]) -> str:
     """Return the findings as a JSON list of objects."""
-    rows: list[dict[str, Any]] = []
-    for finding in findings:
-        rows.append(
-            {
-                "code": finding.code,
-                "category": finding.category,
-                "path": finding.path.replace(os.sep, "/"),
-                "line": finding.line,
-                "column": finding.column,
-                "end_line": finding.end_line,
-                "confidence": finding.confidence.value,
-                "message": finding.message,
-                "runtime": finding.runtime,
-                "steps": [{"path": step.path, "line": step.line, "text": step.text} for step in finding.steps],
-                "plain": finding.plain,
-                "aftercommit": finding.aftercommit,
-                "fixable": bool(finding.edits),
-            }
-        )
+    rows: list[dict[str, Any]] = [
+        {
+            "code": finding.code,
+            "category": finding.category,
+            "path": finding.path.replace(os.sep, "/"),
+            "line": finding.line,
+            "column": finding.column,
+            "end_line": finding.end_line,
+            "confidence": finding.confidence.value,
+            "message": finding.message,
+            "runtime": finding.runtime,
+            "steps": [{"path": step.path, "line": step.line, "text": step.text} for step in finding.steps],
+            "plain": finding.plain,
+            "aftercommit": finding.aftercommit,
+            "fixable": bool(finding.edits),
+        }
+        for finding in findings
+    ]
     return json.dumps(rows, indent=2, ensure_ascii=False)
 
 
@@ -61,7 +60,8 @@ def to_sarif(findings: list[Finding]) -> str:
             "message": {"text": f"{finding.message} {finding.runtime}".strip()},
             "locations": [_location(finding.path, finding.line, finding.end_line, finding.column)],
             "relatedLocations": [
-                {**_location(step.path, step.line, step.line, 1), "message": {"text": step.text}} for step in finding.steps
+                {**_location(step.path, step.line, step.line, 1), "message": {"text": step.text}}
+                for step in finding.steps
             ],
         }
         for finding in findings
@@ -90,7 +90,9 @@ def to_github(findings: list[Finding]) -> str:
     for finding in findings:
         level = {"high": "error", "medium": "warning", "low": "notice"}[finding.confidence.value]
         place = f"file={_property(finding.path)},line={finding.line},endLine={finding.end_line},col={finding.column}"
-        lines.append(f"::{level} {place},title={finding.code}::{_escape(f'{finding.message} {finding.runtime}'.strip())}")
+        lines.append(
+            f"::{level} {place},title={finding.code}::{_escape(f'{finding.message} {finding.runtime}'.strip())}"
+        )
     return "\n".join(lines)
 
 

@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 CLOSERS = frozenset({"close", "aclose", "remove", "__exit__", "__aexit__", "close_all"})
-MANAGERS = frozenset({"enter_context", "enter_async_context", "closing", "aclosing", "push", "push_async_exit", "callback"})
-SCRIPT_PARTS = frozenset({"scripts", "script", "migrations", "alembic", "versions", "tools", "bin", "examples", "seeds", "notebooks"})
+MANAGERS = frozenset(
+    {"enter_context", "enter_async_context", "closing", "aclosing", "push", "push_async_exit", "callback"}
+)
+SCRIPT_PARTS = frozenset(
+    {"scripts", "script", "migrations", "alembic", "versions", "tools", "bin", "examples", "seeds", "notebooks"}
+)
 SCRIPT_NAME = re.compile(r"^(seed|init_|create_|migrat|populate|setup|manage|cli|main_script|reset_|import_|load_)")
 CATCH_ALL = frozenset({"Exception", "BaseException"})
 
@@ -43,7 +47,11 @@ def check(context: Context, scope: Scope) -> None:
             continue
         value = context.ev.infer(call, inner)
         inferred = value.element if value.kind is Kind.COROUTINE and value.element is not None else value
-        if inferred.kind is not Kind.SESSION or inferred.origin is not Origin.OPENED or not is_new(context, call, inner, inferred):
+        if (
+            inferred.kind is not Kind.SESSION
+            or inferred.origin is not Origin.OPENED
+            or not is_new(context, call, inner, inferred)
+        ):
             continue
         node: ast.AST = call
         while isinstance(parents.get(node), ast.Await):
@@ -74,7 +82,8 @@ def is_new(context: Context, call: ast.Call, scope: Scope, value: Value) -> bool
             return False
         made = [context.ev.infer(node, func.func) for node in func.func.body.returns]
         return bool(made) and all(
-            item.kind is Kind.NONE or (item.kind is Kind.SESSION and item.origin is Origin.OPENED and item.call is not None)
+            item.kind is Kind.NONE
+            or (item.kind is Kind.SESSION and item.origin is Origin.OPENED and item.call is not None)
             for item in made
         )
     if func.kind is Kind.LIBRARY_METHOD:
@@ -130,7 +139,9 @@ def _lost(context: Context, scope: Function, name: str, call: ast.Call) -> Lost 
         if verdict == "closed":
             closes.append(node)
     end = call.end_lineno or call.lineno
-    after = [node for node in closes if getattr(node, "lineno", 0) >= call.lineno or _in_final(node, parents) is not None]
+    after = [
+        node for node in closes if getattr(node, "lineno", 0) >= call.lineno or _in_final(node, parents) is not None
+    ]
     for node in after:
         block = _in_final(node, parents)
         if block is not None and (block.end_lineno or 0) >= end:
@@ -160,13 +171,23 @@ def _use(context: Context, scope: Function, node: ast.Name, parents: dict[ast.AS
         return "managed"
     call: ast.AST | None = parents.get(parent) if isinstance(parent, ast.keyword) else parent
     if isinstance(call, ast.Call):
-        last = call.func.attr if isinstance(call.func, ast.Attribute) else call.func.id if isinstance(call.func, ast.Name) else ""
+        last = (
+            call.func.attr
+            if isinstance(call.func, ast.Attribute)
+            else call.func.id
+            if isinstance(call.func, ast.Name)
+            else ""
+        )
         if last in MANAGERS:
             return "managed"
         if "close" in last.lower() or "cleanup" in last.lower():
             return "closed"
         if not is_session:
-            return "closed" if last in ("next", "anext") and node.lineno > scope.line + 1 and _in_final(node, parents) else ""
+            return (
+                "closed"
+                if last in ("next", "anext") and node.lineno > scope.line + 1 and _in_final(node, parents)
+                else ""
+            )
         if last in TRIGGERS or last in ("append", "add", "put", "set", "setattr"):
             return "leaves"
         callee = context.ev.infer(call.func, reach.scope_of(call, parents, scope))
@@ -199,7 +220,9 @@ def _is_passed_on(node: ast.AST, parents: dict[ast.AST, ast.AST], scope: Functio
         if isinstance(target, ast.Attribute):
             return True
         return isinstance(target, ast.Name) and any(
-            isinstance(inner, ast.Name) and inner.id == target.id for value in scope.body.returns for inner in ast.walk(value)
+            isinstance(inner, ast.Name) and inner.id == target.id
+            for value in scope.body.returns
+            for inner in ast.walk(value)
         )
     return False
 
@@ -236,7 +259,9 @@ def _both_ways(closes: list[ast.AST], parents: dict[ast.AST, ast.AST], call: ast
     """Return whether it is closed when all goes well and also in a handler that catches everything."""
     in_handlers = [found for node in closes if (found := _handler(node, parents)) is not None]
     normal = [node for node in closes if _handler(node, parents) is None]
-    if normal and any(_catches_all(handler) and (block.end_lineno or 0) >= call.lineno for block, handler in in_handlers):
+    if normal and any(
+        _catches_all(handler) and (block.end_lineno or 0) >= call.lineno for block, handler in in_handlers
+    ):
         return True
     # The other way to the same end: everything is caught and swallowed, and the close comes after it.
     for node in normal:
@@ -272,7 +297,7 @@ def _nothing_between(scope: Function, call: ast.Call, close: ast.AST, parents: d
 
 def _report(context: Context, scope: Function, call: ast.Call, value: Value, lost: Lost, name: str | None) -> None:
     opened = text(call, 50)
-    generator = isinstance(call.func, ast.Name) and call.func.id in ("next", "anext") or opened.endswith("__next__()")
+    generator = (isinstance(call.func, ast.Name) and call.func.id in ("next", "anext")) or opened.endswith("__next__()")
     variable = name or "db"
     kind = "AsyncSession" if value.is_async else "Session"
     if lost.never:

@@ -26,6 +26,7 @@ class Context:
         wrappers: Names of the project's own wrappers around ``add_task`` and the like.
         findings: What was found so far.
         uses_aftercommit: Whether the file names aftercommit; None until somebody asks.
+
     """
 
     ev: Evaluator

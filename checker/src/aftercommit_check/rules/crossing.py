@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from aftercommit_check.facts import functions, reach
-from aftercommit_check.facts.handovers import Argument, Handover, Way
-from aftercommit_check.facts.values import UNKNOWN, Kind, Origin, Value, element_of
+from aftercommit_check.facts.values import UNKNOWN, Kind, Origin, Value
 from aftercommit_check.index.scopes import Function
 
 if TYPE_CHECKING:
+    from aftercommit_check.facts.handovers import Argument, Handover
     from collections.abc import Iterator
 
     from aftercommit_check.facts.infer import Evaluator
@@ -31,6 +31,7 @@ class Crossing:
         param: The task's parameter that gets it.
         sure: Whether it surely is one.
         used: Whether the task is known to work with it.
+
     """
 
     what: str
@@ -68,7 +69,11 @@ def _in_argument(ev: Evaluator, handover: Handover, argument: Argument) -> Itera
         return
     if value.kind in (Kind.SEQUENCE, Kind.MAPPING, Kind.TUPLE):
         inner = reach.holds_session(ev, value)
-        if inner is not None and inner.kind in (Kind.SESSION, Kind.CONNECTION) and isinstance(argument.node, ast.Tuple | ast.List | ast.Dict | ast.Name):
+        if (
+            inner is not None
+            and inner.kind in (Kind.SESSION, Kind.CONNECTION)
+            and isinstance(argument.node, ast.Tuple | ast.List | ast.Dict | ast.Name)
+        ):
             yield Crossing(_what(inner), inner, argument.node, "argument", argument.param, inner.sure)
         return
     if value.kind is Kind.INSTANCE and task is not None and argument.param and not value.mapped:
@@ -96,7 +101,12 @@ def _in_target(ev: Evaluator, handover: Handover) -> Iterator[Crossing]:
     yield from _callable(ev, target, node)
     if target.kind is Kind.LIBRARY_METHOD and target.receiver is not None:
         receiver = target.receiver
-        if receiver.kind in (Kind.SESSION, Kind.CONNECTION) and target.name not in ("close", "aclose", "remove", "rollback"):
+        if receiver.kind in (Kind.SESSION, Kind.CONNECTION) and target.name not in (
+            "close",
+            "aclose",
+            "remove",
+            "rollback",
+        ):
             yield Crossing(_what(receiver), receiver, node, "bound", sure=receiver.sure)
 
 
@@ -117,7 +127,7 @@ def _callable(ev: Evaluator, value: Value, node: ast.expr) -> Iterator[Crossing]
             touched = reach.touches(ev, func, {func.params[0].name: receiver})
             if touched is not None and not _comes_from_parameter(func, touched):
                 yield Crossing(_what(touched), touched, node, "bound", sure=touched.sure)
-    if isinstance(func.parent, Function) or func.parent is not None and func.parent.function is not None:
+    if isinstance(func.parent, Function) or (func.parent is not None and func.parent.function is not None):
         yield from _captured(ev, func, node)
 
 
@@ -223,13 +233,3 @@ def _detached(handover: Handover, node: ast.expr) -> bool:
 
 def _what(value: Value) -> str:
     return CONNECTION if value.kind is Kind.CONNECTION else SESSION
-
-
-def is_background(way: Way) -> bool:
-    """Return whether the hand-over is a response's background task."""
-    return way is Way.BACKGROUND
-
-
-def first_row(value: Value) -> Value:
-    """Return the row a collection holds (itself, for a row)."""
-    return row_inside(value) or element_of(value)

@@ -33,6 +33,7 @@ class Outcome:
         fate: What becomes of it.
         many: Whether the call runs several times (in a loop or a comprehension) before anybody waits.
         line: The line on which it is waited for; 0 if it is not.
+
     """
 
     fate: Fate
@@ -53,7 +54,9 @@ def outcome(handover: Handover) -> Outcome:
         if parent is None:
             return Outcome(Fate.LOOSE, many, 0)
         if isinstance(parent, ast.Await):
-            return Outcome(Fate.JOINED if many and _in_comprehension(node, parents) else Fate.AWAITED, many, parent.lineno)
+            return Outcome(
+                Fate.JOINED if many and _in_comprehension(node, parents) else Fate.AWAITED, many, parent.lineno
+            )
         if isinstance(parent, ast.Attribute):
             waits = parent.attr in JOINERS
             started = parent.attr == "start"  # Thread(…).start() as one statement: let go
@@ -96,15 +99,21 @@ def _container(target: ast.expr, handover: Handover, owner: Scope, many: bool) -
     parents = owner.body.parents
     names = {target.id}
     last = 0
-    for node, _ in owner.body.names:
-        if node.id in names and isinstance(node.ctx, ast.Load) and node.lineno >= handover.call.lineno:
-            line = _waited(node, parents)
+    for used, _ in owner.body.names:
+        if used.id in names and isinstance(used.ctx, ast.Load) and used.lineno >= handover.call.lineno:
+            line = _waited(used, parents)
             if line:
                 last = max(last, line)
     for node in ast.walk(owner.node):
-        if isinstance(node, ast.For | ast.AsyncFor) and _mentions(node.iter, target.id) and isinstance(node.target, ast.Name):
+        if (
+            isinstance(node, ast.For | ast.AsyncFor)
+            and _mentions(node.iter, target.id)
+            and isinstance(node.target, ast.Name)
+        ):
             names.add(node.target.id)
-            if any(isinstance(inner, ast.Await) and _mentions(inner, node.target.id) for inner in ast.walk(node)) or any(
+            if any(
+                isinstance(inner, ast.Await) and _mentions(inner, node.target.id) for inner in ast.walk(node)
+            ) or any(
                 isinstance(inner, ast.Attribute) and inner.attr in JOINERS and _mentions(inner.value, node.target.id)
                 for inner in ast.walk(node)
             ):

@@ -6,7 +6,7 @@ import ast
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aftercommit_check.facts import handovers, library, reach
+from aftercommit_check.facts import handovers, library, typehints
 from aftercommit_check.facts.handovers import Way
 from aftercommit_check.facts.infer import additions
 from aftercommit_check.facts.values import Kind, Origin, Value
@@ -35,10 +35,9 @@ class Piece:
 def check(context: Context, scope: Scope) -> None:
     """Report gathered coroutines in the body of *scope* that share a session."""
     for call, inner in scope.body.calls:
-        name = handovers.annotations.last_name(call.func)
-        if name in GATHERERS or "gather" in name.lower():
-            if _is_gather(context, call, inner, name):
-                _gather(context, scope, call, inner)
+        name = typehints.last_name(call.func)
+        if (name in GATHERERS or "gather" in name.lower()) and _is_gather(context, call, inner, name):
+            _gather(context, scope, call, inner)
 
 
 def _is_gather(context: Context, call: ast.Call, scope: Scope, name: str) -> bool:
@@ -83,7 +82,7 @@ def _gather(context: Context, scope: Scope, call: ast.Call, inner: Scope) -> Non
 
 def _pieces(call: ast.Call, scope: Scope, owner: Scope) -> Iterator[Piece]:
     for node in call.args:
-        many = isinstance(node, ast.Starred) or handovers.annotations.last_name(call.func) in ("wait", "as_completed")
+        many = isinstance(node, ast.Starred) or typehints.last_name(call.func) in ("wait", "as_completed")
         yield from _expand(node.value if isinstance(node, ast.Starred) else node, scope, owner, many)
 
 
@@ -99,14 +98,16 @@ def _expand(node: ast.expr, scope: Scope, owner: Scope, several: bool, depth: in
     if isinstance(node, ast.List | ast.Tuple | ast.Set):
         for element in node.elts:
             starred = isinstance(element, ast.Starred)
-            yield from _expand(element.value if isinstance(element, ast.Starred) else element, scope, owner, starred, depth + 1)
+            yield from _expand(
+                element.value if isinstance(element, ast.Starred) else element, scope, owner, starred, depth + 1
+            )
         return
     if isinstance(node, ast.BinOp):
         yield from _expand(node.left, scope, owner, several, depth + 1)
         yield from _expand(node.right, scope, owner, several, depth + 1)
         return
     if isinstance(node, ast.Call):
-        name = handovers.annotations.last_name(node.func)
+        name = typehints.last_name(node.func)
         if name in handovers.TASK_CALLS and node.args:
             return  # a task: reported where it is created
         if name == "map" and len(node.args) > 1 and isinstance(node.func, ast.Name):
@@ -127,7 +128,11 @@ def _variable(node: ast.Name, scope: Scope, owner: Scope, depth: int) -> Iterato
         return
     parents = function.body.parents
     for binding in function.bindings[node.id]:
-        if binding.kind == "assign" and binding.value is not None and binding.position <= (node.lineno, node.col_offset):
+        if (
+            binding.kind == "assign"
+            and binding.value is not None
+            and binding.position <= (node.lineno, node.col_offset)
+        ):
             yield from _expand(binding.value, function, owner, False, depth + 1)
     for added, where in additions(node.id, function):
         looped = in_loop(added, parents)
@@ -139,7 +144,7 @@ def _session_of(context: Context, piece: Piece, call: ast.Call) -> Crossing | No
     """Return the session that a coroutine works with."""
     ev = context.ev
     node = piece.node
-    if isinstance(node, ast.Call) and handovers.annotations.last_name(node.func) == "map" and node.args:
+    if isinstance(node, ast.Call) and typehints.last_name(node.func) == "map" and node.args:
         target = ev.infer(node.args[0], piece.scope)
         handover = handovers.Handover(Way.TASK, call, piece.scope, target, node.args[0], (), True)
         return next((item for item in crossings(ev, handover) if item.what != ROW and item.used), None)
@@ -151,12 +156,12 @@ def _session_of(context: Context, piece: Piece, call: ast.Call) -> Crossing | No
         if func.name in library.HARMLESS_METHODS:
             return None
         return Crossing("session", receiver, node.func, "argument", sure=receiver.sure)
-    handover = handovers._coroutine(ev, Way.TASK, call, piece.scope, node)  # noqa: SLF001 - one reading of `f(…)`
-    if handover is None:
+    started = handovers.coroutine(ev, Way.TASK, call, piece.scope, node)
+    if started is None:
         return None
     if isinstance(func.func, Function) and _guarded(func.func):
         return None
-    return next((item for item in crossings(ev, handover) if item.what != ROW and item.used), None)
+    return next((item for item in crossings(ev, started) if item.what != ROW and item.used), None)
 
 
 def _guarded(func: Function) -> bool:
@@ -178,8 +183,3 @@ def _own_each_round(item: Crossing, piece: Piece) -> bool:
         owner = scope.function or scope
         return in_loop(made, owner.body.parents)
     return False
-
-
-def holder(context: Context, value: Value) -> Value | None:
-    """Return the session inside *value*."""
-    return reach.holds_session(context.ev, value)

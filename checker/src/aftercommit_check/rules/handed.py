@@ -5,9 +5,9 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING
 
-from aftercommit_check.facts import handovers, library, reach
+from aftercommit_check.facts import handovers, library
 from aftercommit_check.facts.handovers import Handover, Way
-from aftercommit_check.facts.values import Kind, Origin, Value
+from aftercommit_check.facts.values import Kind, Origin
 from aftercommit_check.findings import Confidence, Step
 from aftercommit_check.rules import teach
 from aftercommit_check.rules.context import Context, text
@@ -36,7 +36,7 @@ def check(context: Context, scope: Scope) -> None:
 def inside_trigger(call: ast.Call, scope: Scope) -> bool:
     """Return whether *call* only makes the coroutine of an outer hand-over, which reports it."""
     parent = scope.body.parents.get(call)
-    return isinstance(parent, ast.Call) and parent.func is not call and _last(parent.func) in ("run_coroutine_threadsafe",)
+    return isinstance(parent, ast.Call) and parent.func is not call and _last(parent.func) == "run_coroutine_threadsafe"
 
 
 def _background(context: Context, handover: Handover, items: list[Crossing], item: Crossing) -> None:
@@ -58,7 +58,11 @@ def _background(context: Context, handover: Handover, items: list[Crossing], ite
 
 
 def _concurrent(
-    context: Context, scope: Scope, handover: Handover, items: list[Crossing], others: list[tuple[Handover, list[Crossing]]]
+    context: Context,
+    scope: Scope,
+    handover: Handover,
+    items: list[Crossing],
+    others: list[tuple[Handover, list[Crossing]]],
 ) -> None:
     if not items:
         return
@@ -100,7 +104,11 @@ def _shared(
             continue
         func = context.ev.infer(call.func, inner)
         receiver = func.receiver
-        if func.kind is Kind.LIBRARY_METHOD and receiver is not None and receiver.kind in (Kind.SESSION, Kind.CONNECTION):
+        if (
+            func.kind is Kind.LIBRARY_METHOD
+            and receiver is not None
+            and receiver.kind in (Kind.SESSION, Kind.CONNECTION)
+        ):
             if func.name not in library.HARMLESS_METHODS and same_session(receiver, item.value):
                 return True
         elif any(
@@ -157,10 +165,16 @@ def _sentence(context: Context, item: Crossing, task: str, way: Way) -> str:
         what = f"an instance of the mapped class {item.value.name or 'unknown'} that belongs to the request's session"
     else:
         kind = library.describe(item.value)
-        owner = {Origin.REQUEST: "the request's", Origin.OPENED: "this function's"}.get(item.value.origin, "the caller's")
+        owner = {Origin.REQUEST: "the request's", Origin.OPENED: "this function's"}.get(
+            item.value.origin, "the caller's"
+        )
         what = f"{owner} {kind}"
     verb = {"argument": "is", "bound": "", "held": "", "captured": "is"}[item.how]
-    tail = f"and goes to the {way.value} `{task}`" if item.how in ("bound", "held") else f"and is handed to the {way.value} `{task}`"
+    tail = (
+        f"and goes to the {way.value} `{task}`"
+        if item.how in ("bound", "held")
+        else f"and is handed to the {way.value} `{task}`"
+    )
     if item.how == "bound":
         tail = f"into the {way.value}"
     return " ".join(f"{carried} {verb} {what} {tail}".split()) + "."
@@ -176,8 +190,3 @@ def _steps(context: Context, handover: Handover, item: Crossing, task: str) -> t
 
 def _last(node: ast.expr) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-
-
-def touched(value: Value, context: Context) -> Value | None:
-    """Return the session inside *value*."""
-    return reach.holds_session(context.ev, value)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING
 
-from aftercommit_check.facts import annotations, functions, handovers, library
+from aftercommit_check.facts import functions, library, typehints
 from aftercommit_check.facts.values import Kind, Origin, Value
 from aftercommit_check.findings import Confidence, Edit
 from aftercommit_check.index.scopes import Function, Scope
@@ -45,7 +45,7 @@ def _uses_aftercommit(context: Context) -> bool:
 
 def _handovers(context: Context, scope: Scope) -> None:
     for call, inner in scope.body.calls:
-        name = annotations.last_name(call.func)
+        name = typehints.last_name(call.func)
         if name not in ("after_commit", "after_commit_async"):
             continue
         first = 0
@@ -68,7 +68,11 @@ def _cannot_cross(context: Context, call: ast.Call, scope: Scope, target: Value,
         if target.func is not None
         else {}
     )
-    if target.func is not None and target.func.params and _is_session_param(context, target.func, target.func.params[0]):
+    if (
+        target.func is not None
+        and target.func.params
+        and _is_session_param(context, target.func, target.func.params[0])
+    ):
         params = [param for param in target.func.params[1:] if not param.kind and not param.keyword_only]
         names = dict(zip(call.args[first:], (param.name for param in params), strict=False))
         names |= {word.value: word.arg for word in call.keywords if word.arg}
@@ -92,14 +96,23 @@ def _unsendable(context: Context, value: Value, node: ast.expr, target: Value, p
         return "a session (the task gets one of its own)"
     if value.kind is Kind.CONNECTION:
         return "a connection or cursor"
-    if isinstance(node, ast.Lambda | ast.GeneratorExp) or value.kind in (Kind.FUNCTION, Kind.METHOD, Kind.COROUTINE, Kind.TASK):
+    if isinstance(node, ast.Lambda | ast.GeneratorExp) or value.kind in (
+        Kind.FUNCTION,
+        Kind.METHOD,
+        Kind.COROUTINE,
+        Kind.TASK,
+    ):
         return "a function or coroutine"
     if value.kind is Kind.OBJECT:
         return UNSENDABLE.get(value.name.rpartition(".")[2], "")
     if value.kind is Kind.INSTANCE and value.mapped and target.func is not None and param:
         wanted = target.func.param(param)
         if wanted is not None:
-            declared = context.ev.annotation(wanted.annotation, target.func.parent or target.func) if wanted.annotation else None
+            declared = (
+                context.ev.annotation(wanted.annotation, target.func.parent or target.func)
+                if wanted.annotation
+                else None
+            )
             if declared is None or not declared.mapped:
                 return f"an instance of the mapped class {value.name}, but `{param}` is not annotated with it"
     return ""
@@ -134,7 +147,9 @@ def _commits_itself(owner: Scope, call: ast.Call) -> bool:
     node: ast.AST | None = owner.body.parents.get(call)
     while node is not None:
         if isinstance(node, ast.With | ast.AsyncWith) and any(
-            word in ast.unparse(item.context_expr) for item in node.items for word in (".begin(", ".session(", "async_session(")
+            word in ast.unparse(item.context_expr)
+            for item in node.items
+            for word in (".begin(", ".session(", "async_session(")
         ):
             return True
         node = owner.body.parents.get(node)
@@ -193,12 +208,18 @@ def _is_task(node: ast.expr) -> bool:
 
 def _swallowing_dependency(context: Context, func: Function) -> None:
     """Report a generator that swallows what is thrown in at its yield, if it is used with ``scope="function"``."""
-    if not func.is_generator or f"{func.name}" not in context.module.text or 'scope="function"' not in context.module.text:
+    if (
+        not func.is_generator
+        or f"{func.name}" not in context.module.text
+        or 'scope="function"' not in context.module.text
+    ):
         return
     if not _used_in_function_scope(context, func):
         return
     for node in ast.walk(func.node):
-        if not isinstance(node, ast.Try) or not any(isinstance(inner, ast.Yield) for part in node.body for inner in ast.walk(part)):
+        if not isinstance(node, ast.Try) or not any(
+            isinstance(inner, ast.Yield) for part in node.body for inner in ast.walk(part)
+        ):
             continue
         for handler in node.handlers:
             broad = handler.type is None or ast.unparse(handler.type) in ("Exception", "BaseException")
@@ -217,8 +238,11 @@ def _swallowing_dependency(context: Context, func: Function) -> None:
 def _used_in_function_scope(context: Context, func: Function) -> bool:
     for node in ast.walk(context.module.tree):
         if functions.is_depends(node if isinstance(node, ast.expr) else None) and isinstance(node, ast.Call):
-            scoped = any(word.arg == "scope" and isinstance(word.value, ast.Constant) and word.value.value == "function" for word in node.keywords)
-            if scoped and node.args and annotations.last_name(node.args[0]) == func.name:
+            scoped = any(
+                word.arg == "scope" and isinstance(word.value, ast.Constant) and word.value.value == "function"
+                for word in node.keywords
+            )
+            if scoped and node.args and typehints.last_name(node.args[0]) == func.name:
                 return True
     return False
 
@@ -229,7 +253,7 @@ def _global_session(context: Context, scope: Scope) -> None:
         return
     for call, inner in scope.body.calls:
         parent = scope.body.parents.get(call)
-        if annotations.last_name(call.func) == "set" and call.args and isinstance(call.func, ast.Attribute):
+        if typehints.last_name(call.func) == "set" and call.args and isinstance(call.func, ast.Attribute):
             holder = context.ev.infer(call.func.value, inner)
             kept = context.ev.infer(call.args[0], inner)
             if holder.kind is Kind.OBJECT and holder.name.endswith("ContextVar") and kept.kind is Kind.SESSION:
@@ -240,12 +264,16 @@ def _global_session(context: Context, scope: Scope) -> None:
         target = parent.targets[0]
         at_module = scope.kind == "module" and isinstance(target, ast.Name)
         declared = isinstance(target, ast.Name) and isinstance(scope, Function) and target.id in _globals(scope)
-        state = isinstance(target, ast.Attribute) and ast.unparse(target).startswith(("app.state.", "application.state."))
+        state = isinstance(target, ast.Attribute) and ast.unparse(target).startswith(
+            ("app.state.", "application.state.")
+        )
         if not (at_module or declared or state):
             continue
         value = context.ev.infer(call, inner)
         if value.kind is Kind.SESSION and value.origin is Origin.OPENED and closing.is_new(context, call, inner, value):
-            script = scope.kind == "module" and ("__main__" in context.module.text or not any(True for _ in _definitions(context)))
+            script = scope.kind == "module" and (
+                "__main__" in context.module.text or not any(True for _ in _definitions(context))
+            )
             _report_global(
                 context, call, f"The session opened here is kept in `{ast.unparse(target)}`.",
                 Confidence.LOW if script else Confidence.MEDIUM,
@@ -257,7 +285,11 @@ def _globals(scope: Function) -> set[str]:
 
 
 def _definitions(context: Context) -> list[ast.stmt]:
-    return [node for node in context.module.tree.body if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)]
+    return [
+        node
+        for node in context.module.tree.body
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+    ]
 
 
 def _report_global(context: Context, call: ast.Call, message: str, confidence: Confidence = Confidence.MEDIUM) -> None:
@@ -270,8 +302,3 @@ def _report_global(context: Context, call: ast.Call, message: str, confidence: C
         plain="Open a session where it is used: with SessionLocal() as session: …",
         aftercommit="with db.session() as session: …",
     )
-
-
-def is_handover(node: ast.Call) -> bool:
-    """Return whether *node* hands work over by name."""
-    return annotations.last_name(node.func) in handovers.TRIGGERS

@@ -8,13 +8,16 @@ from typing import TYPE_CHECKING
 from aftercommit_check.facts.values import Kind, Value
 from aftercommit_check.findings import Confidence, Edit
 from aftercommit_check.index.scopes import Function, Scope
-from aftercommit_check.rules.context import Context
 from aftercommit_check.rules.fate import in_loop
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-WRITES = frozenset({"commit", "flush", "execute", "add", "merge", "delete", "refresh", "scalars", "scalar", "query", "exec"})
+    from aftercommit_check.rules.context import Context
+
+WRITES = frozenset(
+    {"commit", "flush", "execute", "add", "merge", "delete", "refresh", "scalars", "scalar", "query", "exec"}
+)
 FAILING = frozenset({"commit", "flush", "execute", "exec"})
 ENDING = frozenset({"rollback", "close", "aclose", "invalidate", "reset"})
 
@@ -46,7 +49,9 @@ def _handler(context: Context, scope: Function, block: ast.Try, handler: ast.Exc
         return
     session = failing[0][2]
     names = {ast.unparse(_receiver(call)) for call, _, _ in failing}
-    inside = [found for found in _session_calls(context, scope, handler.body) if ast.unparse(_receiver(found[0])) in names]
+    inside = [
+        found for found in _session_calls(context, scope, handler.body) if ast.unparse(_receiver(found[0])) in names
+    ]
     ended = [call.lineno for call, name, _ in inside if name in ENDING] + _helper_rollbacks(handler)
     if ended and min(ended) <= min([call.lineno for call, name, _ in inside if name in WRITES], default=10**9):
         return
@@ -68,7 +73,7 @@ def _handler(context: Context, scope: Function, block: ast.Try, handler: ast.Exc
         return
     parents = scope.body.parents
     writes = any(name in ("commit", "flush") for _, name, _ in failing)
-    if writes and in_loop(block, parents) and not _leaves(handler) and not session.identity.startswith("opened:") or (
+    if (writes and in_loop(block, parents) and not _leaves(handler) and not session.identity.startswith("opened:")) or (
         writes and in_loop(block, parents) and not _leaves(handler) and not _opened_in_loop(session, scope)
     ):
         context.report(
@@ -110,9 +115,15 @@ def _helper_rollbacks(handler: ast.ExceptHandler) -> list[int]:
 def _in_savepoint(context: Context, scope: Function, block: ast.Try) -> bool:
     """Return whether the work stands in ``begin_nested()`` or another ``with`` that rolls back by itself."""
     del context
-    inner = [node for statement in block.body for node in ast.walk(statement) if isinstance(node, ast.With | ast.AsyncWith)]
+    inner = [
+        node for statement in block.body for node in ast.walk(statement) if isinstance(node, ast.With | ast.AsyncWith)
+    ]
     del scope
-    return any("begin" in ast.unparse(item.context_expr) or "savepoint" in ast.unparse(item.context_expr) for node in inner for item in node.items)
+    return any(
+        "begin" in ast.unparse(item.context_expr) or "savepoint" in ast.unparse(item.context_expr)
+        for node in inner
+        for item in node.items
+    )
 
 
 def _may_be_database(handler: ast.ExceptHandler) -> bool:
@@ -122,13 +133,25 @@ def _may_be_database(handler: ast.ExceptHandler) -> bool:
     names = handler.type.elts if isinstance(handler.type, ast.Tuple) else [handler.type]
     return any(
         ast.unparse(name).rpartition(".")[2]
-        in ("Exception", "BaseException", "SQLAlchemyError", "IntegrityError", "DBAPIError", "OperationalError", "DatabaseError")
+        in (
+            "Exception",
+            "BaseException",
+            "SQLAlchemyError",
+            "IntegrityError",
+            "DBAPIError",
+            "OperationalError",
+            "DatabaseError",
+        )
         for name in names
     )
 
 
 def _leaves(handler: ast.ExceptHandler) -> bool:
-    return any(isinstance(node, ast.Return | ast.Break | ast.Raise) for statement in handler.body for node in ast.walk(statement))
+    return any(
+        isinstance(node, ast.Return | ast.Break | ast.Raise)
+        for statement in handler.body
+        for node in ast.walk(statement)
+    )
 
 
 def _opened_in_loop(session: Value, scope: Function) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import copy
 from typing import TYPE_CHECKING
 
 from aftercommit_check.facts import classes, library
@@ -22,7 +21,9 @@ def runtime(pin: Pin, item: Crossing, task: str) -> str:
     if item.what == ROW:
         return said + _row_runtime(pin, item, task)
     if item.what == CONNECTION:
-        early = "the connection goes back to its pool before the task starts, and the next request writes on the same wire."
+        early = (
+            "the connection goes back to its pool before the task starts, and the next request writes on the same wire."
+        )
         late = f"the connection stays checked out until `{task}` is done, so a few slow tasks empty the pool."
         return said + _by_version(pin, early, late)
     early = (
@@ -91,7 +92,9 @@ def plain(ev: Evaluator, handover: Handover, items: list[Crossing]) -> str:
         row = rows[0]
         cls = row.value.name
         await_ = "await " if opened and opened[0].value.is_async else ""
-        lines.append(f"# and in {task}, load it anew:  {await_}{_session_name(opened[0]) if opened else 'db'}.get({cls}, …)")
+        lines.append(
+            f"# and in {task}, load it anew:  {await_}{_session_name(opened[0]) if opened else 'db'}.get({cls}, …)"
+        )
     if handover.way is Way.BACKGROUND and changed is not None:
         lines.append("# after an explicit commit in the endpoint, so that the task finds the rows")
     return "\n".join(lines)
@@ -161,8 +164,3 @@ def _rewritten(ev: Evaluator | None, handover: Handover, items: list[Crossing], 
 
 def _key(ev: Evaluator | None, row: Crossing) -> str:
     return classes.primary_key(ev, row.value.cls) if ev is not None else "id"
-
-
-def rewritten(call: ast.Call) -> ast.Call:
-    """Return a copy of *call* that may be changed."""
-    return copy.deepcopy(call)

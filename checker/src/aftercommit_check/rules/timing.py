@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 from typing import TYPE_CHECKING
 
-from aftercommit_check.facts import handovers, library
+from aftercommit_check.facts import handovers, library, typehints
 from aftercommit_check.facts.handovers import Way
 from aftercommit_check.facts.values import Kind, Origin, Value
 from aftercommit_check.findings import Confidence, Step
@@ -19,7 +19,21 @@ if TYPE_CHECKING:
 WRITING = frozenset({"add", "add_all", "merge", "delete", "flush"})
 STATEMENTS = frozenset({"execute", "exec", "scalars", "scalar", "query", "get", "flush", "refresh", "stream", "merge"})
 ENDS = frozenset({"commit", "rollback", "close", "aclose"})
-SLOW_ROOTS = frozenset({"requests", "httpx", "smtplib", "openai", "anthropic", "boto3", "subprocess", "aiosmtplib", "urllib3", "stripe", "aiohttp"})
+SLOW_ROOTS = frozenset(
+    {
+        "requests",
+        "httpx",
+        "smtplib",
+        "openai",
+        "anthropic",
+        "boto3",
+        "subprocess",
+        "aiosmtplib",
+        "urllib3",
+        "stripe",
+        "aiohttp",
+    }
+)
 SLOW_NAMES = frozenset({"time.sleep", "asyncio.sleep", "urllib.request.urlopen"})
 SLOW_METHODS = frozenset(
     {"get", "post", "put", "patch", "delete", "request", "send", "sendmail", "send_message", "run", "check_call", "check_output",
@@ -50,7 +64,7 @@ def _session_calls(context: Context, scope: Function) -> Iterator[tuple[ast.Call
 def _early(context: Context, scope: Function, calls: list[tuple[ast.Call, str, Value]]) -> None:
     """Report hand-overs that follow a write and precede its commit."""
     for call, inner in scope.body.calls:
-        if handovers.annotations.last_name(call.func) not in (*handovers.TASK_CALLS, "add_task", "submit", "Thread"):
+        if typehints.last_name(call.func) not in (*handovers.TASK_CALLS, "add_task", "submit", "Thread"):
             continue
         before = [(other, name, value) for other, name, value in calls if other.lineno < call.lineno]
         writes = [item for item in before if item[1] in WRITING]
@@ -71,14 +85,21 @@ def _early(context: Context, scope: Function, calls: list[tuple[ast.Call, str, V
         elif not after or outcome(handover).fate is Fate.AWAITED:
             continue
         target = text(handover.target_node, 40) if handover.target_node is not None else "the task"
-        when = f"the commit comes on line {after[0].lineno}" if after else f"`{last[2].owner}` commits after the background tasks"
+        when = (
+            f"the commit comes on line {after[0].lineno}"
+            if after
+            else f"`{last[2].owner}` commits after the background tasks"
+        )
         context.report(
             "AC107",
             call,
             f"`{target}` is started before the row it is about is committed: {when}.",
             confidence=Confidence.MEDIUM,
             runtime="The task reads in a transaction of its own and finds nothing, or the old row.",
-            steps=(*last[2].steps, Step(context.module.shown, last[0].lineno, f"{text(last[0], 40)}: not committed yet")),
+            steps=(
+                *last[2].steps,
+                Step(context.module.shown, last[0].lineno, f"{text(last[0], 40)}: not committed yet"),
+            ),
             plain="Commit first, then start the work.",
             aftercommit=f"after_commit({target}, …)  # starts with the commit, wherever that happens",
         )
@@ -88,7 +109,9 @@ def _mentions_row(handover: handovers.Handover, writes: list[ast.Call]) -> bool:
     """Return whether what is handed over names a row that was written."""
     names = {node.id for write in writes for arg in write.args for node in ast.walk(arg) if isinstance(node, ast.Name)}
     return any(
-        isinstance(node, ast.Name) and node.id in names for argument in handover.arguments for node in ast.walk(argument.node)
+        isinstance(node, ast.Name) and node.id in names
+        for argument in handover.arguments
+        for node in ast.walk(argument.node)
     )
 
 
@@ -104,10 +127,15 @@ def _commits_on_exit(context: Context, session: Value) -> bool:
                 module = context.ev.project.load(path)
                 if module is None or module.shown != step.path:
                     continue
-                func = next((b.child for b in module.scope.bindings.get(session.owner, []) if isinstance(b.child, Function)), None)
+                func = next(
+                    (b.child for b in module.scope.bindings.get(session.owner, []) if isinstance(b.child, Function)),
+                    None,
+                )
                 if func is not None and func.body.yields:
                     line = func.body.yields[0].lineno
-                    in_with = any("begin" in ast.unparse(call.func) for call, _ in func.body.calls if call.lineno < line)
+                    in_with = any(
+                        "begin" in ast.unparse(call.func) for call, _ in func.body.calls if call.lineno < line
+                    )
                     return in_with or any(
                         isinstance(call.func, ast.Attribute) and call.func.attr == "commit" and call.lineno > line
                         for call, _ in func.body.calls
@@ -118,7 +146,8 @@ def _commits_on_exit(context: Context, session: Value) -> bool:
 def _within_commit_helper(scope: Function, write: ast.Call, call: ast.Call) -> bool:
     """Return whether something between the write and the call says that it commits."""
     return any(
-        write.lineno < other.lineno < call.lineno and any(word in ast.unparse(other.func).lower() for word in ("commit", "save"))
+        write.lineno < other.lineno < call.lineno
+        and any(word in ast.unparse(other.func).lower() for word in ("commit", "save"))
         for other, _ in scope.body.calls
     )
 
@@ -127,14 +156,23 @@ def _held(context: Context, scope: Function, calls: list[tuple[ast.Call, str, Va
     """Report slow work between a statement and the end of its transaction, for sessions opened here."""
     done: set[ast.Call] = set()
     for call, inner in scope.body.calls:
-        before = [(other, name, value) for other, name, value in calls if other.lineno < call.lineno and value.origin is Origin.OPENED]
+        before = [
+            (other, name, value)
+            for other, name, value in calls
+            if other.lineno < call.lineno and value.origin is Origin.OPENED
+        ]
         started = [item for item in before if item[1] in STATEMENTS]
         ended = [item for item in before if item[1] in ENDS]
         if not started or (ended and ended[-1][0].lineno > started[-1][0].lineno):
             continue
         session = started[-1][2]
         opening = session.call[0] if session.call is not None else None
-        if opening is None or opening in done or not _still_open(scope, session, call) or not _slow(context, call, inner):
+        if (
+            opening is None
+            or opening in done
+            or not _still_open(scope, session, call)
+            or not _slow(context, call, inner)
+        ):
             continue
         done.add(opening)
         context.report(
@@ -143,7 +181,10 @@ def _held(context: Context, scope: Function, calls: list[tuple[ast.Call, str, Va
             f"The transaction begun on line {started[-1][0].lineno} is held open while `{text(call, 50)}` waits (line {call.lineno}).",
             confidence=Confidence.MEDIUM,
             runtime="The connection is missing in the pool and row locks stay taken for as long as this takes.",
-            steps=(*session.steps, Step(context.module.shown, call.lineno, f"slow work outside the database: {text(call, 50)}")),
+            steps=(
+                *session.steps,
+                Step(context.module.shown, call.lineno, f"slow work outside the database: {text(call, 50)}"),
+            ),
             plain="Commit (or close the session) before the slow call, and write its result in a new transaction.",
             aftercommit="Commit inside the task before the slow call: it gives the connection back; mark the task repeatable=True.",
         )
@@ -153,7 +194,7 @@ def _slow(context: Context, call: ast.Call, scope: Scope, depth: int = 0) -> boo
     """Return whether *call* waits for the world outside, itself or in what it calls."""
     if not isinstance(call.func, ast.Attribute | ast.Name):
         return False
-    name = handovers.annotations.last_name(call.func)
+    name = typehints.last_name(call.func)
     value = context.ev.infer(call.func, scope)
     if value.kind is Kind.EXTERNAL:
         root = library.root_of(value.name)

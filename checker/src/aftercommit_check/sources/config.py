@@ -26,6 +26,7 @@ class Config:
         baseline: File with known findings, which are not reported.
         confidence: The lowest confidence that is reported.
         folder: Where the configuration was found; paths in it are relative to that.
+
     """
 
     select: tuple[str, ...] = ("AC",)
@@ -56,6 +57,7 @@ def load_config(path: str | None, start: str) -> Config:
 
     Raises:
         ConfigError: If it cannot be read, or has a key or value that does not exist.
+
     """
     if path is not None:
         if not os.path.isfile(path):
@@ -90,7 +92,9 @@ def _parse(path: str) -> Config:
         raise ConfigError(f"{path} has no [tool.aftercommit-check] table, or is not valid TOML")
     unknown = sorted(set(table) - KEYS)
     if unknown:
-        raise ConfigError(f"{path}: unknown key {unknown[0]!r} in [tool.aftercommit-check]; known are {', '.join(sorted(KEYS))}")
+        raise ConfigError(
+            f"{path}: unknown key {unknown[0]!r} in [tool.aftercommit-check]; known are {', '.join(sorted(KEYS))}"
+        )
     for key in ("select", "ignore", "exclude"):
         value = table.get(key, [])
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
@@ -114,6 +118,7 @@ def check_codes(codes: list[str]) -> tuple[str, ...]:
 
     Raises:
         ConfigError: If one is not.
+
     """
     if codes == ["ALL"]:
         return ("AC",)
@@ -128,6 +133,7 @@ def parse_confidence(name: object) -> Confidence:
 
     Raises:
         ConfigError: If there is none.
+
     """
     try:
         return Confidence(str(name))

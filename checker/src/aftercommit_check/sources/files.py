@@ -73,6 +73,7 @@ def read_bytes(path: str) -> bytes:
 
     Raises:
         UnreadableSourceError: If it is too large or cannot be opened.
+
     """
     try:
         size = os.path.getsize(path)

@@ -9,9 +9,20 @@ from dataclasses import dataclass
 from aftercommit_check.sources.files import UnreadableSourceError, read_bytes
 
 LOCK = re.compile(r"name\s*=\s*\"fastapi\"\s*\n\s*version\s*=\s*\"([\d.]+)", re.IGNORECASE)
-REQUIREMENT = re.compile(r"(?<![\w.-])fastapi(?:\[[\w,\s-]*\])?[\"']?\s*(=\s*[\"'{][^\n]*|[<>=~!^][^#\n;\"']*)", re.IGNORECASE)
+REQUIREMENT = re.compile(
+    r"(?<![\w.-])fastapi(?:\[[\w,\s-]*\])?[\"']?\s*(=\s*[\"'{][^\n]*|[<>=~!^][^#\n;\"']*)", re.IGNORECASE
+)
 VERSION = re.compile(r"(==|>=|~=|\^|<=|<|>|=)?\s*[\"']?v?(\d+)\.(\d+)")
-NAMES = ("uv.lock", "poetry.lock", "Pipfile.lock", "pyproject.toml", "requirements.txt", "Pipfile", "setup.py", "setup.cfg")
+NAMES = (
+    "uv.lock",
+    "poetry.lock",
+    "Pipfile.lock",
+    "pyproject.toml",
+    "requirements.txt",
+    "Pipfile",
+    "setup.py",
+    "setup.cfg",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +33,7 @@ class Pin:
         minor: The ``118`` of ``0.118.0``; None if unknown.
         source: The file that says so.
         exact: Whether it is the installed version rather than a lower bound.
+
     """
 
     minor: int | None = None
@@ -51,7 +63,7 @@ def find_pin(path: str, root: str) -> Pin:
         if pin.minor is not None:
             return pin
         parent = os.path.dirname(folder)
-        if folder == root or parent == folder or not folder.startswith(root):
+        if folder in (root, parent) or not folder.startswith(root):
             return Pin()
         folder = parent
 
@@ -74,7 +86,9 @@ def _read_pin(folder: str) -> Pin:
     names = list(NAMES)
     nested = os.path.join(folder, "requirements")
     if os.path.isdir(nested):
-        names += [os.path.join("requirements", name) for name in sorted(os.listdir(nested)) if name.endswith((".txt", ".in"))]
+        names += [
+            os.path.join("requirements", name) for name in sorted(os.listdir(nested)) if name.endswith((".txt", ".in"))
+        ]
     for name in names:
         path = os.path.join(folder, name)
         if not os.path.isfile(path):
@@ -99,7 +113,9 @@ def pin_in_text(text: str, name: str) -> Pin:
         return Pin()
     for match in REQUIREMENT.finditer(text):
         versions = [(sign or "=", int(major), int(minor)) for sign, major, minor in VERSION.findall(match.group(1))]
-        lower = [(sign, minor) for sign, major, minor in versions if major == 0 and sign in ("==", ">=", "~=", "^", ">", "=")]
+        lower = [
+            (sign, minor) for sign, major, minor in versions if major == 0 and sign in ("==", ">=", "~=", "^", ">", "=")
+        ]
         if lower:
             sign, minor = lower[0]
             return Pin(minor, name, exact=sign in ("==", "~=", "^", "="))

@@ -13,13 +13,56 @@ if TYPE_CHECKING:
     from aftercommit_check.facts.infer import Evaluator
 
 SEQUENCES = frozenset(
-    "list List set Set frozenset FrozenSet Sequence Iterable Iterator Collection MutableSequence AbstractSet deque "
-    "Generator AsyncGenerator AsyncIterator AsyncIterable MutableSet ScalarResult DynamicMapped WriteOnlyMapped "
-    "Page LimitOffsetPage InstrumentedList".split()
+    [
+        "list",
+        "List",
+        "set",
+        "Set",
+        "frozenset",
+        "FrozenSet",
+        "Sequence",
+        "Iterable",
+        "Iterator",
+        "Collection",
+        "MutableSequence",
+        "AbstractSet",
+        "deque",
+        "Generator",
+        "AsyncGenerator",
+        "AsyncIterator",
+        "AsyncIterable",
+        "MutableSet",
+        "ScalarResult",
+        "DynamicMapped",
+        "WriteOnlyMapped",
+        "Page",
+        "LimitOffsetPage",
+        "InstrumentedList",
+    ]
 )
-MAPPINGS = frozenset("dict Dict Mapping MutableMapping defaultdict DefaultDict OrderedDict".split())
-TRANSPARENT = frozenset("Optional Mapped Required NotRequired Final ClassVar Awaitable Coroutine SkipValidation".split())
-SCALARS = frozenset("int str float bool bytes complex UUID Decimal datetime date time timedelta Path Any object".split())
+MAPPINGS = frozenset(["dict", "Dict", "Mapping", "MutableMapping", "defaultdict", "DefaultDict", "OrderedDict"])
+TRANSPARENT = frozenset(
+    ["Optional", "Mapped", "Required", "NotRequired", "Final", "ClassVar", "Awaitable", "Coroutine", "SkipValidation"]
+)
+SCALARS = frozenset(
+    [
+        "int",
+        "str",
+        "float",
+        "bool",
+        "bytes",
+        "complex",
+        "UUID",
+        "Decimal",
+        "datetime",
+        "date",
+        "time",
+        "timedelta",
+        "Path",
+        "Any",
+        "object",
+    ]
+)
 
 
 def annotation(ev: Evaluator, node: ast.expr, scope: Scope) -> Value:
@@ -105,9 +148,11 @@ def alias_of(ev: Evaluator, node: ast.expr, scope: Scope, depth: int = 0) -> tup
                 return None
         for binding in [*reversed(bindings), *star]:
             if isinstance(binding.node, ast.ImportFrom):
-                module = ev._source_of(binding.node, current.module)  # noqa: SLF001 - one room, two files
+                module = ev.source_of(binding.node, current.module)
                 if module is not None and module is not current.module:
-                    target = ast.copy_location(ast.Name(binding.name if binding.name != "*" else node.id, ast.Load()), node)
+                    target = ast.copy_location(
+                        ast.Name(binding.name if binding.name != "*" else node.id, ast.Load()), node
+                    )
                     found = alias_of(ev, target, module.scope, depth + 1)
                     if found is not None or binding.name != "*":
                         return found
@@ -135,7 +180,9 @@ def _named(ev: Evaluator, node: ast.expr, scope: Scope) -> Value:
         meant = alias_of(ev, node, scope)
         if meant is not None and isinstance(meant[0], ast.Subscript | ast.BinOp):
             return annotation(ev, *meant)
-    if value.kind is Kind.CLASS or (value.kind is Kind.EXTERNAL and not value.name.startswith(("typing.TypeVar", "?."))):
+    if value.kind is Kind.CLASS or (
+        value.kind is Kind.EXTERNAL and not value.name.startswith(("typing.TypeVar", "?."))
+    ):
         found = instance_of(ev, value)
         if found.is_known and found.kind is not Kind.OBJECT:
             return found
@@ -143,7 +190,11 @@ def _named(ev: Evaluator, node: ast.expr, scope: Scope) -> Value:
             return sequence(UNKNOWN)
         if last in MAPPINGS:
             return Value(Kind.MAPPING, element=UNKNOWN)
-        return SCALAR if last in SCALARS and last not in ("Any", "object") else (UNKNOWN if last in ("Any", "object") else found)
+        return (
+            SCALAR
+            if last in SCALARS and last not in ("Any", "object")
+            else (UNKNOWN if last in ("Any", "object") else found)
+        )
     alias = alias_of(ev, node, scope)
     if alias is not None and not (isinstance(alias[0], ast.Name | ast.Attribute) and alias[0] is node):
         return annotation(ev, *alias)
