@@ -124,6 +124,13 @@ SESSION = {
         "class Job:\n    def __init__(self, n: int): self.n = n\n    def __call__(self): print(self.n)\n"
         "def f(bg: BackgroundTasks, db: Session = Depends(get_db)): bg.add_task(Job(1))",
     ),
+    "object that opens its own": (
+        "class S:\n    def __init__(self, db: Session): self.db = db\n    def run(self): self.db.commit()\n"
+        "def f(bg: BackgroundTasks, db: Session = Depends(get_db)):\n    s: S = S(db)\n    bg.add_task(s.run)",
+        "class S:\n    db: Session\n    def run(self):\n        with SessionLocal() as db:\n            self.db = db\n"
+        "            self.work()\n    def work(self): self.db.commit()\n"
+        "def f(bg: BackgroundTasks, s: S): bg.add_task(s.run)",
+    ),
     "wrapper": (
         "def defer(tasks: BackgroundTasks, fn, *args): tasks.add_task(fn, *args)\n"
         "def f(bg: BackgroundTasks, db: Session = Depends(get_db)): defer(bg, work, db, 1)",

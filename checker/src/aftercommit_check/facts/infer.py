@@ -334,6 +334,9 @@ class Evaluator:
                 if binding.value is not None and (value.mapped or value.is_session):
                     made = self.infer(binding.value, scope)
                     return made if made.kind is value.kind and (made.fresh or made.is_session) else value
+                if binding.value is not None and value.kind is Kind.INSTANCE:
+                    made = self.infer(binding.value, scope)  # knows what it was made with
+                    return made if made.kind is Kind.INSTANCE and made.call is not None else value
                 return value
         if binding.value is None:
             return value

@@ -126,6 +126,8 @@ def touches(
         return None
     seen.add(mark)
     with ev.frame(func, frame):
+        if _brings_its_own(ev, func):
+            return None
         for call, scope in deep_calls(func):
             found = _touch(ev, func, call, scope, depth, seen)
             if found is not None:
@@ -340,3 +342,15 @@ def captured(ev: Evaluator, func: Function) -> Iterator[tuple[ast.Name, Value]]:
             if scope is not None and scope.kind != "module":
                 done.add(node.id)
                 yield node, ev.name(node.id, func, None)
+
+
+def _brings_its_own(ev: Evaluator, func: Function) -> bool:
+    """Return whether a method gives its object a session that it opens (``self.session = session``): it works on that."""
+    for target, statement in func.body.parents.items():
+        if not (isinstance(statement, ast.Assign) and isinstance(target, ast.Attribute) and target in statement.targets):
+            continue
+        if isinstance(target.value, ast.Name) and func.params and target.value.id == func.params[0].name:
+            kept = ev.infer(statement.value, func)
+            if kept.kind is Kind.SESSION and not is_foreign(kept, func):
+                return True
+    return False
