@@ -12,7 +12,6 @@ from aftercommit_check.codes import RULES
 if TYPE_CHECKING:
     from aftercommit_check.findings import Finding
 
-HOME = "https://github.com/aftercommit/aftercommit"
 LEVELS = {"high": "error", "medium": "warning", "low": "note"}
 
 
@@ -66,7 +65,7 @@ def to_sarif(findings: list[Finding]) -> str:
         }
         for finding in findings
     ]
-    driver = {"name": "aftercommit-check", "version": __version__, "informationUri": HOME, "rules": rules}
+    driver = {"name": "aftercommit-check", "version": __version__, "rules": rules}
     log = {
         "$schema": "https://json.schemastore.org/sarif-2.1.0.json",
         "version": "2.1.0",
