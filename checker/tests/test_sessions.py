@@ -56,6 +56,11 @@ CASES = {
         "async def f():\n    db = AsyncSessionLocal()\n    s = await db.__aenter__()\n    try:\n        await s.commit()\n"
         "    finally:\n        await db.__aexit__(None, None, None)",
     ),
+    "AC104 made by a helper": (
+        "def make():\n    s = SessionLocal()\n    return s\ndef f():\n    db = make()\n    db.get(User, 1)",
+        "class Keeper:\n    def get(self):\n        if self.s is None:\n            self.s = SessionLocal()\n        return self.s\n"
+        "def make():\n    return Keeper().get()\ndef f():\n    db = make()\n    db.get(User, 1)",
+    ),
     "AC106 goes on in the handler": (
         "def f(db: Session, u: User):\n    try:\n        db.commit()\n    except Exception:\n        u.email = ''\n        db.commit()",
         "def f(db: Session, u: User):\n    try:\n        db.commit()\n    except Exception:\n        db.rollback()\n        u.email = ''\n        db.commit()",

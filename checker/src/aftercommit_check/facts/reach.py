@@ -347,7 +347,9 @@ def captured(ev: Evaluator, func: Function) -> Iterator[tuple[ast.Name, Value]]:
 def _brings_its_own(ev: Evaluator, func: Function) -> bool:
     """Return whether a method gives its object a session that it opens (``self.session = session``): it works on that."""
     for target, statement in func.body.parents.items():
-        if not (isinstance(statement, ast.Assign) and isinstance(target, ast.Attribute) and target in statement.targets):
+        if not (
+            isinstance(statement, ast.Assign) and isinstance(target, ast.Attribute) and target in statement.targets
+        ):
             continue
         if isinstance(target.value, ast.Name) and func.params and target.value.id == func.params[0].name:
             kept = ev.infer(statement.value, func)

@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aftercommit_check.facts import functions, reach
+from aftercommit_check.facts import functions, handovers, reach
 from aftercommit_check.facts.handovers import TRIGGERS
 from aftercommit_check.facts.values import Kind, Origin, Value
 from aftercommit_check.findings import Confidence
@@ -66,7 +66,7 @@ def _may_open(call: ast.Call) -> bool:
     return name not in TRIGGERS and not name.startswith(("execute", "scalar", "commit", "query", "add", "flush"))
 
 
-def is_new(context: Context, call: ast.Call, scope: Scope, value: Value) -> bool:
+def is_new(context: Context, call: ast.Call, scope: Scope, value: Value, depth: int = 0) -> bool:
     """Return whether *call* itself makes the session, rather than passing on one that somebody keeps."""
     if value.call is None or value.call[0] is not call:
         return False
@@ -80,15 +80,39 @@ def is_new(context: Context, call: ast.Call, scope: Scope, value: Value) -> bool
     if func.kind in (Kind.FUNCTION, Kind.METHOD) and func.func is not None:
         if func.func.is_generator:
             return False
-        made = [context.ev.infer(node, func.func) for node in func.func.body.returns]
-        return bool(made) and all(
-            item.kind is Kind.NONE
-            or (item.kind is Kind.SESSION and item.origin is Origin.OPENED and item.call is not None)
-            for item in made
+        return bool(func.func.body.returns) and all(
+            _returns_new(context, node, func.func, depth) for node in func.func.body.returns
         )
     if func.kind is Kind.LIBRARY_METHOD:
         return func.name in ("__next__", "__anext__")
     return func.kind in (Kind.EXTERNAL, Kind.CLASS)
+
+
+def _returns_new(context: Context, node: ast.expr, func: Function, depth: int) -> bool:
+    """Return whether a function's result is a session that it has just made, not one that it keeps."""
+    inner = node.value if isinstance(node, ast.Await) else node
+    if isinstance(inner, ast.Constant):
+        return inner.value is None
+    made = handovers.resolve_call(inner, func)
+    if made is None or depth > 3:
+        return False
+    value = context.ev.infer(made[0], made[1])
+    if value.kind is Kind.COROUTINE and value.element is not None:
+        value = value.element
+    kept = isinstance(inner, ast.Name) and any(
+        isinstance(other, ast.Attribute) and isinstance(statement, ast.Assign) and _is_name(statement.value, inner.id)
+        for other, statement in func.body.parents.items()
+    )
+    return (
+        not kept
+        and value.kind is Kind.SESSION
+        and value.origin is Origin.OPENED
+        and is_new(context, made[0], made[1], value, depth + 1)
+    )
+
+
+def _is_name(node: ast.AST, name: str) -> bool:
+    return isinstance(node, ast.Name) and node.id == name
 
 
 def _borrows_connection(context: Context, call: ast.Call, scope: Scope) -> bool:

@@ -11,9 +11,9 @@ from aftercommit_check.facts.values import UNKNOWN, Kind, Origin, Value
 from aftercommit_check.index.scopes import Function
 
 if TYPE_CHECKING:
-    from aftercommit_check.facts.handovers import Argument, Handover
     from collections.abc import Iterator
 
+    from aftercommit_check.facts.handovers import Argument, Handover
     from aftercommit_check.facts.infer import Evaluator
 
 SESSION, ROW, CONNECTION = "session", "row", "connection"
