@@ -272,3 +272,29 @@ def test_runtime_by_version(project, pin, words):
     (found,) = json.loads(command("--format", "json")[1])
     assert found["runtime"].startswith(f"FastAPI is pinned to {pin}")
     assert words in found["runtime"]
+
+
+def test_place_does_not_matter(project, tmp_path, monkeypatch):
+    """A tree below a folder called tests or tools is no test suite for that."""
+    tree = tmp_path / "tests" / "tools" / "app"
+    tree.mkdir(parents=True)
+    (tree / "main.py").write_text(BAD)
+    (project / "main.py").unlink()
+
+    from_above = json.loads(command("--format", "json", str(tree))[1])
+    monkeypatch.chdir(tree)
+    from_inside = json.loads(command("--format", "json")[1])
+
+    assert [row["path"] for row in from_above] == ["tests/tools/app/main.py"]
+    assert [row["path"] for row in from_inside] == ["main.py"]
+
+
+def test_processes_agree(project, monkeypatch):
+    """Several processes find what one finds."""
+    monkeypatch.setattr(runner, "SMALL", 0)
+    for number in range(12):
+        (project / f"main{number}.py").write_text(BAD)
+
+    assert command("--format", "json", "--no-cache", "--jobs", "1") == command(
+        "--format", "json", "--no-cache", "--jobs", "2"
+    )

@@ -72,6 +72,7 @@ class _World:
     root: str
     files: list[str]
     base: str
+    anchor: str
     wrappers: dict[str, str]
 
 
@@ -84,16 +85,17 @@ def run(paths: Sequence[str], settings: Settings) -> Report:
     if not files:
         return report
     root = _common_root(paths)
+    anchor = _anchor(paths, root)
     cache = Cache.load(settings.cache)
     digests, wrappers, interesting = _survey(files, cache, report)
     if not settings.tests:
-        interesting = [path for path in interesting if not is_test_path(os.path.relpath(path, base))]
-    world = digest("\0".join([root, base, *files, *sorted(wrappers)]).encode(errors="replace"))
+        interesting = [path for path in interesting if not is_test_path(os.path.relpath(path, anchor))]
+    world = digest("\0".join([root, base, anchor, *files, *sorted(wrappers)]).encode(errors="replace"))
     todo = _outdated(cache, world, interesting, digests, root)
     for path in interesting:
         if path not in todo:
             report.findings += cache.results[path].findings
-    results = _check_all(todo, _World(root, files, base, wrappers), settings.jobs)
+    results = _check_all(todo, _World(root, files, base, anchor, wrappers), settings.jobs)
     for path, entry in results:
         report.findings += entry.findings
         if entry.skipped:
@@ -115,6 +117,16 @@ def _common_root(paths: Sequence[str]) -> str:
         return os.path.commonpath(roots) if roots else os.path.abspath(".")
     except ValueError:  # different drives
         return roots[0]
+
+
+def _anchor(paths: Sequence[str], root: str) -> str:
+    """Return the tree that is checked: the folders above it say nothing about the files in it."""
+    folders = [os.path.abspath(path) for path in paths if os.path.isdir(path)]
+    if len(folders) != len(paths):
+        return root
+    # `aftercommit-check tests` is about tests, wherever one stands.
+    named = {"tests", "test", "scripts", "tools"}
+    return os.path.commonpath([root if os.path.basename(folder) in named else folder for folder in folders])
 
 
 def _survey(files: list[str], cache: Cache, report: Report) -> tuple[dict[str, str], dict[str, str], list[str]]:
@@ -194,7 +206,7 @@ def _start(world: _World) -> None:
     global _project, _wrappers  # noqa: PLW0603 - a worker process has one project
     sys.setrecursionlimit(max(sys.getrecursionlimit(), RECURSION_LIMIT))
     gc.disable()  # millions of syntax nodes make every collection slow; Project.trim collects when it forgets
-    _project = Project(world.root, world.files, world.base)
+    _project = Project(world.root, world.files, world.base, world.anchor)
     _wrappers = world.wrappers
 
 

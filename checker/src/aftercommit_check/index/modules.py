@@ -31,15 +31,17 @@ class Module:
     Attributes:
         path: Absolute path.
         shown: The path as findings show it.
+        inside: The path inside the checked tree: what lies above it says nothing about the file.
         text: The source.
         tree: The syntax tree.
         nested: The scopes in it, by the node that opens them.
 
     """
 
-    def __init__(self, path: str, shown: str, text: str, tree: ast.Module) -> None:
+    def __init__(self, path: str, shown: str, inside: str, text: str, tree: ast.Module) -> None:
         self.path = path
         self.shown = shown
+        self.inside = inside.replace(os.sep, "/")
         self.text = text
         self.tree = tree
         self.nested: dict[ast.AST, Scope] = {}
@@ -64,11 +66,11 @@ class Module:
     @cached_property
     def is_test(self) -> bool:
         """Return whether it is part of a test suite, by its name."""
-        return is_test_path(self.shown)
+        return is_test_path(self.inside)
 
 
 def is_test_path(path: str) -> bool:
-    """Return whether the file at *path*, relative to the project, is part of a test suite."""
+    """Return whether the file at *path*, relative to the checked tree, is part of a test suite."""
     *folders, name = path.replace(os.sep, "/").split("/")
     if name.startswith("test_") or name.endswith("_test.py") or name == "conftest.py":
         return True
@@ -109,11 +111,13 @@ class Project:
         root: The folder from which paths are looked up.
         files: All sources found, for look-ups by the end of a path where the import roots are unknown.
         base: The folder to which shown paths are relative.
+        anchor: The checked tree; by default *root*.
 
     """
 
-    def __init__(self, root: str, files: list[str], base: str) -> None:
+    def __init__(self, root: str, files: list[str], base: str, anchor: str | None = None) -> None:
         self.root = os.path.abspath(root)
+        self.anchor = os.path.abspath(anchor or root)
         self.base = base
         self.consulted: dict[str, str] = {}
         self.unreadable: dict[str, str] = {}
@@ -141,7 +145,8 @@ class Project:
             data = read_bytes(path)
             self.consulted[path] = digest(data)
             text = decode(data)
-            module = Module(path, os.path.relpath(path, self.base), text, parse(text))
+            shown, inside = os.path.relpath(path, self.base), os.path.relpath(path, self.anchor)
+            module = Module(path, shown, inside, text, parse(text))
             self._lines += text.count("\n") + 1
         except UnreadableSourceError as error:
             self.unreadable[path] = str(error)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -356,7 +355,7 @@ def _report(context: Context, scope: Function, call: ast.Call, value: Value, los
 
 def is_script(context: Context, scope: Function) -> bool:
     """Return whether *scope* belongs to a script that ends after it: leaks do not matter much there."""
-    parts = context.module.shown.replace(os.sep, "/").split("/")
+    parts = context.module.inside.split("/")
     if any(part in SCRIPT_PARTS for part in parts[:-1]) or SCRIPT_NAME.match(parts[-1]):
         return True
     for statement in context.module.tree.body:
