@@ -119,7 +119,7 @@ def with_griffe(root: str, files: list[str]) -> tuple[int, int]:
     for package in {Path(path).relative_to(root).parts[0] for path in files}:
         try:
             loader.load(package)
-        except (ImportError, griffe.GriffeError, SyntaxError, ValueError):
+        except (ImportError, griffe.GriffeError, KeyError, SyntaxError, ValueError):
             continue
     for path in files:
         total += len(calls(ast.parse(Path(path).read_text(encoding="utf-8", errors="replace"))))
