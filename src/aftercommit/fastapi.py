@@ -9,6 +9,8 @@ def upload(session: SessionDep, after_commit: AfterCommitDep) -> dict[str, str]:
 ```
 
 Everything here leans on the commit, never on the order in which FastAPI leaves its dependencies.
+
+One module, although a long one: users import one name, ``aftercommit.fastapi``, and nothing else may import fastapi.
 """
 
 from __future__ import annotations
