@@ -30,7 +30,10 @@ def calls(tree: ast.AST) -> list[ast.expr]:
     return [
         node.args[0]
         for node in ast.walk(tree)
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "add_task" and node.args
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and node.func.attr == "add_task"
+        and node.args
     ]
 
 
@@ -104,7 +107,12 @@ def with_libcst(root: str, files: list[str]) -> tuple[int, int]:
         wrapper = MetadataWrapper(cst.parse_module(Path(path).read_bytes()))
         names = wrapper.resolve(QualifiedNameProvider)
         for node in names:
-            if isinstance(node, cst.Call) and isinstance(node.func, cst.Attribute) and node.func.attr.value == "add_task" and node.args:
+            if (
+                isinstance(node, cst.Call)
+                and isinstance(node.func, cst.Attribute)
+                and node.func.attr.value == "add_task"
+                and node.args
+            ):
                 total += 1
                 found += bool(names.get(node.args[0].value))
     return found, total
@@ -143,7 +151,14 @@ def one(name: str, root: str, files: list[str], queue: multiprocessing.Queue) ->
         said = f"{found} of {total} resolved"
     except ImportError:
         said = "not installed"
-    queue.put((said, time.process_time(), time.perf_counter() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+    queue.put(
+        (
+            said,
+            time.process_time(),
+            time.perf_counter() - began,
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        )
+    )
 
 
 def main() -> int:

@@ -47,13 +47,18 @@ def main() -> int:
             continue
         lines += sum(Path(path).read_bytes().count(b"\n") for path in find_sources([str(tree)]))
         report = run([str(tree)], Settings(base=str(tree)))
-        found = {(finding.path, finding.line, finding.category) for finding in report.findings if finding.confidence != "low"}
+        found = {
+            (finding.path, finding.line, finding.category) for finding in report.findings if finding.confidence != "low"
+        }
         for place in labelled:
             hit = (place["path"], place["line"], place["category"]) in found
             outcome = {("bug", True): "tp", ("bug", False): "fn", ("ok", True): "fp", ("ok", False): "tn"}
             counts[repo][place["category"], outcome[place["label"], hit]] += 1
             if hit != (place["label"] == "bug"):
-                sys.stderr.write(f"{'missed' if not hit else 'cried wolf'}: {repo} {commit[:7]} {place['path']}:{place['line']} {place['category']}\n")
+                sys.stderr.write(
+                    f"{'missed' if not hit else 'cried wolf'}: {repo} {commit[:7]} "
+                    f"{place['path']}:{place['line']} {place['category']}\n"
+                )
     seconds = time.perf_counter() - began
     developed = {repo: found for repo, found in counts.items() if repo not in held}
     table("repositories used during development" if held else "all repositories", developed)
@@ -70,13 +75,20 @@ def table(title: str, counts: dict[str, Counter[tuple[str, str]]]) -> None:
     print("|---|---|---|---|---|---|---|---|---|")
     categories = sorted({category for found in counts.values() for category, _ in found})
     for name, members in [*((category, (category,)) for category in categories), *GROUPS.items()]:
-        total = {key: sum(found[category, key] for found in counts.values() for category in members) for key in ("tp", "fn", "fp", "tn")}
-        per_repo = [{key: sum(found[category, key] for category in members) for key in ("tp", "fn", "fp")} for found in counts.values()]
+        total = {
+            key: sum(found[category, key] for found in counts.values() for category in members)
+            for key in ("tp", "fn", "fp", "tn")
+        }
+        per_repo = [
+            {key: sum(found[category, key] for category in members) for key in ("tp", "fn", "fp")}
+            for found in counts.values()
+        ]
         recalls = [one["tp"] / (one["tp"] + one["fn"]) for one in per_repo if one["tp"] + one["fn"]]
         precisions = [one["tp"] / (one["tp"] + one["fp"]) for one in per_repo if one["tp"] + one["fp"]]
         print(
             f"| {name} | {total['tp']} | {total['fn']} | {total['fp']} | {total['tn']} "
-            f"| {share(total['tp'], total['fn'])} | {share(total['tp'], total['fp'])} | {mean(recalls)} | {mean(precisions)} |"
+            f"| {share(total['tp'], total['fn'])} | {share(total['tp'], total['fp'])} "
+            f"| {mean(recalls)} | {mean(precisions)} |"
         )
 
 
