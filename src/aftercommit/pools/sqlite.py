@@ -96,14 +96,15 @@ def _on_savepoint(connection: Connection, _name: str) -> None:
 
 def _on_execute(
     connection: Connection,
-    cursor: Any,
+    _cursor: Any,
     statement: str,
     _parameters: Any,
     _context: Any,
     _many: bool,  # noqa: FBT001  # the event's signature
 ) -> None:
     if needs_lock(statement) and not in_transaction(connection) and not _autocommits(connection):
-        cursor.execute("BEGIN IMMEDIATE")
+        # Not by the cursor at hand: a lock that does not come free would be the driver's bare error (2.0).
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
         note_lock(connection)
 
 
