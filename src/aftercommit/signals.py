@@ -268,7 +268,7 @@ def unsubscribe(function: Callable[[Any], None]) -> None:
     """Forget *function* for every kind of signal; harmless where it is not subscribed."""
     with _lock:
         for kind, functions in list(_subscribers.items()):
-            _subscribers[kind] = tuple(each for each in functions if each is not function)
+            _subscribers[kind] = tuple(each for each in functions if each != function)
 
 
 def emit(signal: Signal) -> None:
