@@ -9,18 +9,21 @@ def upload(session: SessionDep, after_commit: AfterCommitDep) -> dict[str, str]:
 ```
 
 Everything here leans on the commit, never on the order in which FastAPI leaves its dependencies.
+
+One module, although a long one: users import one name, ``aftercommit.fastapi``, and nothing else may import fastapi.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
 import math
 import re
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from typing import TYPE_CHECKING, Annotated, Any, Final, ParamSpec
+from typing import TYPE_CHECKING, Annotated, Any, Final, ParamSpec, cast
 from weakref import WeakKeyDictionary, WeakSet
 
 import anyio
@@ -31,9 +34,10 @@ from fastapi.routing import APIWebSocketRoute
 from sqlalchemy import MetaData
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
-from starlette.requests import HTTPConnection
+from starlette.requests import HTTPConnection, Request
+from starlette.responses import JSONResponse, Response
 
-from aftercommit.errors import ConfigurationError, HandOverError
+from aftercommit.errors import ConfigurationError, HandOverError, PoolExhausted
 from aftercommit.pools.pools import REQUEST
 from aftercommit.sessions import AsyncScope, Owner, Scope, shielded
 
@@ -57,6 +61,8 @@ __all__ = [
     "install",
     "session_of",
 ]
+
+logger = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 
@@ -121,6 +127,7 @@ def install(
         raise ConfigurationError("This Database is installed in this application already. Once is enough.")
     setattr(app.router, _INSTALLED, [*databases, db])
     _applications.add(app)
+    app.exception_handlers.setdefault(PoolExhausted, _answer_exhausted)
     running = db.running(runs=runs, grace=grace, create_tables=create_tables)
     db.expects_runner = bool(running.pools)
     inner = app.router.lifespan_context
@@ -139,6 +146,17 @@ def install(
             await db.async_dispose()
 
     app.router.lifespan_context = lifespan
+
+
+async def _answer_exhausted(request: Request, error: Exception) -> Response:
+    """Answer 503, or what the application answers to SQLAlchemy's errors: it knows better."""
+    for kind in type(error).__mro__[1:-2]:
+        handler = request.app.exception_handlers.get(kind)
+        if handler is not None:
+            answer = handler(request, error)
+            return cast("Response", await answer if inspect.isawaitable(answer) else answer)
+    logger.error("%s %s: %s", request.method, request.url.path, error)
+    return JSONResponse({"detail": "Too busy. Try again."}, status_code=503, headers={"Retry-After": "1"})
 
 
 def _check_version() -> None:

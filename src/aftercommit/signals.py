@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from uuid import UUID
 
 __all__ = [
+    "ConnectionHeld",
+    "ConnectionReturned",
     "LoopBlocked",
     "RunSignal",
     "Signal",
@@ -196,6 +198,42 @@ class WorkerStopped(Signal):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionHeld(Signal):
+    """A connection has been held for longer than its pool allows; told once.
+
+    Attributes:
+        pool: The pool it belongs to.
+        owner: Who has it: a request line, a task with its attempt, or a line of code.
+        seconds: For how long so far.
+        idle: Seconds for which its transaction has been open with nothing running in it; None while a statement runs.
+        locked: Whether it holds SQLite's write lock.
+        statement: The statement that was run last, without its values; None before the first.
+    """
+
+    pool: str
+    owner: str
+    seconds: float
+    idle: float | None
+    locked: bool
+    statement: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionReturned(Signal):
+    """A connection that had been reported as held for too long came back.
+
+    Attributes:
+        pool: The pool it belongs to.
+        owner: Who had it.
+        seconds: For how long in all.
+    """
+
+    pool: str
+    owner: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class LoopBlocked(Signal):
     """The event loop has not turned for a while: something computes, or waits, without ``await``.
 
@@ -230,7 +268,7 @@ def unsubscribe(function: Callable[[Any], None]) -> None:
     """Forget *function* for every kind of signal; harmless where it is not subscribed."""
     with _lock:
         for kind, functions in list(_subscribers.items()):
-            _subscribers[kind] = tuple(each for each in functions if each is not function)
+            _subscribers[kind] = tuple(each for each in functions if each != function)
 
 
 def emit(signal: Signal) -> None:

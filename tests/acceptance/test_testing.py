@@ -181,6 +181,7 @@ async def test_everything_is_on_the_tests_async_connection(shop: Shop, database:
 @SYNC
 def test_a_plain_engines_connection_is_rolled_back_whole(shop: Shop):
     """Also over SQLAlchemy's plain engine, whose SQLite driver begins nothing for a savepoint, all is undone."""
+    shop.db.create_tables()
     with create_engine(shop.url, poolclass=NullPool).connect() as connection:
         transaction = connection.begin()
         with replace(shop.db, connection=connection) as tasks, new_test_client(shop.app) as client:

@@ -475,6 +475,23 @@ def test_a_savepoint_rolled_back_under_a_joined_session_takes_its_tasks_with_it(
     assert stand.lost == []
 
 
+def test_a_joined_session_that_commits_inside_a_savepoint_goes_with_it(stand: Stand, engine: Engine):
+    """Asked for before the savepoint, committed inside it with what was written: both go when it is rolled back."""
+
+    def body() -> None:
+        with engine.connect() as connection, connection.begin():
+            with Session(bind=connection, join_transaction_mode="rollback_only") as session:
+                stand.hand_over(session, "x")
+                savepoint = connection.begin_nested()
+                session.add(Row())
+                session.commit()
+            savepoint.rollback()
+
+    stand.run(body)
+
+    assert (stand.rows, stand.written, stand.lost) == (0, [], [])
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_joined_session_that_rolls_back_leaves_the_rest(stand: Stand, engine: Engine, mode: str):
     """Its own are gone; what another session committed on the same connection goes with the connection."""

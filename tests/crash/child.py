@@ -18,7 +18,14 @@ from aftercommit import Retry, signals
 from tests.support.databases import DatabaseUnderTest
 from tests.support.workshop import Counter, Effect, Workshop
 
-POINTS = ("before the commit", "after the commit", "after the claim", "in the effect", "before the end", "after the end")
+POINTS = (
+    "before the commit",
+    "after the commit",
+    "after the claim",
+    "in the effect",
+    "before the end",
+    "after the end",
+)
 HEARTBEAT, SILENT_AFTER = 0.2, 1.0
 
 

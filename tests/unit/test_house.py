@@ -23,8 +23,8 @@ FLOORS = (
     ("runner",),
     ("batches", "events"),
     ("database",),
-    ("aftercommit",),
     ("fastapi", "backends", "monitoring", "testing", "cli"),
+    ("aftercommit", "__main__"),  # the doors: what most users import, and the command
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 

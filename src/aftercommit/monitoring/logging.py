@@ -9,6 +9,7 @@ from aftercommit import signals
 __all__ = ["log_signals"]
 
 logger = logging.getLogger("aftercommit.tasks")
+pools = logging.getLogger("aftercommit.pools")
 
 
 def log_signals() -> None:
@@ -18,6 +19,8 @@ def log_signals() -> None:
     signals.subscribe(signals.TaskGivenBack)(_given_back)
     signals.subscribe(signals.TaskSucceeded)(_succeeded)
     signals.subscribe(signals.TaskStarted)(_started)
+    signals.subscribe(signals.ConnectionHeld)(_held)
+    signals.subscribe(signals.ConnectionReturned)(_returned)
 
 
 def _failed(signal: signals.TaskFailed) -> None:
@@ -57,6 +60,25 @@ def _started(signal: signals.TaskStarted) -> None:
         "Task %r (%s, attempt %d) starts, %.3f s after it was due", signal.task, signal.id, signal.attempt,
         signal.waited, extra=_extra(signal),
     )  # fmt: skip
+
+
+def _held(signal: signals.ConnectionHeld) -> None:
+    doing = "" if signal.statement is None else f"; its last statement is {signal.statement!r}"
+    if signal.idle is not None:
+        doing += (
+            f", done {signal.idle:.1f} s ago: the transaction is idle. Commit before slow work outside the database"
+        )
+    if signal.locked:
+        doing += ". It holds SQLite's write lock, for which everybody else who writes is waiting"
+    pools.warning(
+        "A connection of pool %r has been held for %.1f s by %s%s", signal.pool, signal.seconds, signal.owner, doing
+    )
+
+
+def _returned(signal: signals.ConnectionReturned) -> None:
+    pools.warning(
+        "The connection of pool %r that %s held came back after %.1f s", signal.pool, signal.owner, signal.seconds
+    )
 
 
 def _extra(signal: signals.RunSignal) -> dict[str, object]:

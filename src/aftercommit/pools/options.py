@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools import sqlite
+from aftercommit.pools.register import AsyncExplainingPool, ExplainingPool
 from aftercommit.pools.urls import PACKAGES, Flavour, is_sqlite, render
 
 if TYPE_CHECKING:
@@ -30,7 +31,9 @@ def engine_url(url: URL) -> URL:
     return url.difference_update_query([_APPLICATION_NAME]) if _is_asyncpg(url) else url
 
 
-def engine_options(name: str, settings: PoolSettings, url: URL, given: Mapping[str, Any]) -> dict[str, Any]:
+def engine_options(
+    name: str, settings: PoolSettings, flavour: Flavour, url: URL, given: Mapping[str, Any]
+) -> dict[str, Any]:
     """Return what ``create_engine`` is given for the pool *name*: the user's options over ours."""
     options: dict[str, Any] = {"hide_parameters": True, **given}
     if not _is_null_pool(given):
@@ -40,6 +43,7 @@ def engine_options(name: str, settings: PoolSettings, url: URL, given: Mapping[s
             "pool_timeout": settings.pool_timeout,
             "pool_recycle": settings.pool_recycle,
         }
+        options.setdefault("poolclass", AsyncExplainingPool if flavour == "async" else ExplainingPool)
     options["connect_args"] = _connect_args(f"aftercommit:{name}", url, given.get("connect_args") or {})
     return options
 

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools import sqlite
 from aftercommit.pools.options import check_options, engine_options, engine_url
+from aftercommit.pools.register import Register
 from aftercommit.pools.settings import PoolSettings
 from aftercommit.pools.urls import Flavour, Flavours, flavours, is_sqlite, render
 
@@ -29,6 +30,9 @@ REQUEST: Final = "request"
 BOOKKEEPING: Final = "aftercommit"
 """The library's own small pool: heartbeats, claims and rescues never wait for anybody's work."""
 
+WARN_AFTER: Final = 10.0
+"""Seconds for which a connection may be held before that is reported, where ``PoolSettings`` say nothing else."""
+
 _IDLE_ENOUGH_TO_PING: Final = 1.0
 
 
@@ -38,6 +42,7 @@ class Pool:
     def __init__(self, name: str, settings: PoolSettings, owner: Pools) -> None:
         self.name = name
         self.settings = settings
+        self.register = Register(name, WARN_AFTER if settings.warn_after is None else settings.warn_after)
         self._owner = owner
         self._lock = threading.Lock()
         self._engine: Engine | None = None
@@ -60,6 +65,7 @@ class Pool:
                     url = engine_url(self._owner.flavours.url("sync"))
                     engine = create_engine(url, **self._options("sync"))
                     self._owner.set_up(engine, self.settings)
+                    self.register.attach(engine)
                     self._engine = engine
         return self._engine
 
@@ -77,6 +83,7 @@ class Pool:
                         engine_url(self._owner.flavours.url("async")), **self._options("async")
                     )
                     self._owner.set_up(engine.sync_engine, self.settings)
+                    self.register.attach(engine.sync_engine)
                     self._async_engine = engine
         return self._async_engine
 
@@ -109,7 +116,7 @@ class Pool:
 
     def _options(self, flavour: Flavour) -> dict[str, Any]:
         given = self._owner.options(flavour)
-        return engine_options(self.name, self.settings, self._owner.flavours.url(flavour), given)
+        return engine_options(self.name, self.settings, flavour, self._owner.flavours.url(flavour), given)
 
 
 class Pools:
@@ -157,6 +164,11 @@ class Pools:
                 f"There is no pool {name!r}; this database has {', '.join(sorted(self.names))}. "
                 f"Write Database(…, pools={{{name!r}: PoolSettings()}})."
             ) from None
+
+    def report_late(self) -> None:
+        """Report the connections that are held for too long, once each."""
+        for pool in self._pools.values():
+            pool.register.report_late()
 
     @property
     def names(self) -> list[str]:

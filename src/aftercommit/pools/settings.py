@@ -23,7 +23,8 @@ class PoolSettings:
             ``BEGIN IMMEDIATE`` on SQLite. Sessions that are not a task's keep the server's default.
         concurrency: How many tasks of this kind run at once in this process; None for
             ``pool_size + max_overflow``, so that a task never waits for a connection.
-        warn_after: Seconds for which a connection may be held before that is reported; None for the default.
+        warn_after: Seconds for which a connection may be held before that is reported; None for 10. A task with a
+            ``timeout`` may hold its own for that long.
     """
 
     pool_size: int = 5

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import event
 
+from aftercommit.pools.register import note_lock
+
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection
@@ -83,23 +85,27 @@ def _on_connect(connection: DBAPIConnection, _record: Any) -> None:
 def _on_begin(connection: Connection) -> None:
     if connection.get_execution_options().get(IMMEDIATE):
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+        note_lock(connection)
 
 
 def _on_savepoint(connection: Connection, _name: str) -> None:
     if not in_transaction(connection):
         connection.exec_driver_sql("BEGIN IMMEDIATE")
+        note_lock(connection)
 
 
 def _on_execute(
     connection: Connection,
-    cursor: Any,
+    _cursor: Any,
     statement: str,
     _parameters: Any,
     _context: Any,
     _many: bool,  # noqa: FBT001  # the event's signature
 ) -> None:
     if needs_lock(statement) and not in_transaction(connection) and not _autocommits(connection):
-        cursor.execute("BEGIN IMMEDIATE")
+        # Not by the cursor at hand: a lock that does not come free would be the driver's bare error (2.0).
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        note_lock(connection)
 
 
 def _autocommits(connection: Connection) -> bool:

@@ -55,11 +55,11 @@ class Flavours:
         backend = self.given.get_backend_name()
         if url is None:
             driver = self.given.drivername.partition("+")[2]
-            wanted = "Session" if flavour == "sync" else "AsyncSession"
+            wanted = "A Session" if flavour == "sync" else "An AsyncSession"
             both = "sqlite" if backend == "sqlite" else "postgresql"
             package = _DRIVERS[both][0 if flavour == "sync" else 1] or ""
             raise ConfigurationError(
-                f"A {wanted} was asked for, but the driver {driver!r} of {render(self.given)} serves only the other "
+                f"{wanted} was asked for, but the driver {driver!r} of {render(self.given)} serves only the other "
                 f"flavour. Write {both}://… to have both"
                 + (
                     f" (pip install '{_TO_INSTALL[name]}')."

@@ -19,7 +19,7 @@ from aftercommit.records import notifying
 from aftercommit.runner.bookkeeper import Bookkeeper
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Coroutine, Mapping
 
     from sqlalchemy import URL
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 _BETWEEN_NEWS: Final = 0.05
 _ECHO_SECONDS: Final = 5.0
+_CONNECTING_SECONDS: Final = 2.0
 _AGAIN_SECONDS: Final = (1.0, 30.0)
 
 
@@ -117,6 +118,7 @@ class Listener:
         self._heard = heard
         self._echo = uuid4().hex
         self._echoed = asyncio.Event()
+        self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.is_trusted = False
 
@@ -128,13 +130,17 @@ class Listener:
         """Stop, and close the connection."""
         task, self._task = self._task, None
         self.is_trusted = False
-        if task is not None:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
+        self._stopping.set()
+        if task is None:
+            return
+        # Not cancelled, unless it takes too long: a connection that is just being opened would be left open.
+        await asyncio.wait({task}, timeout=_CONNECTING_SECONDS)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
 
     async def _listen(self) -> None:
         delay, longest = _AGAIN_SECONDS
-        while True:
+        while not self._stopping.is_set():
             engine = create_async_engine(
                 self._url, poolclass=NullPool, isolation_level="AUTOCOMMIT", connect_args=self._labelled()
             )
@@ -150,7 +156,7 @@ class Listener:
                 await engine.dispose()
             delay = _AGAIN_SECONDS[0] if self.is_trusted else min(delay * 2, longest)
             self.is_trusted = False
-            await asyncio.sleep(delay)
+            await self._first(self._stopping.wait(), timeout=delay)
 
     def _labelled(self) -> dict[str, Any]:
         given = dict(self._connect_args)
@@ -168,10 +174,24 @@ class Listener:
         hearing = asyncio.create_task(self._by_driver(driver), name="aftercommit:hearing")
         try:
             await self._try_echo(engine, hearing)
-            await hearing
+            await self._first(self._stopping.wait(), hearing)
+            if hearing.done():
+                # The connection was lost, and this says how.
+                hearing.result()
         finally:
             hearing.cancel()
             await asyncio.gather(hearing, return_exceptions=True)
+
+    async def _first(
+        self, waiting: Coroutine[Any, Any, Any], *others: asyncio.Task[Any], timeout: float | None = None
+    ) -> None:
+        """Wait for one thing or another."""
+        task = asyncio.create_task(waiting)
+        try:
+            await asyncio.wait({task, *others}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
 
     async def _by_driver(self, driver: Any) -> None:
         """Hand on what comes, until the connection is lost, which raises."""
@@ -195,14 +215,14 @@ class Listener:
         """Speak to ourselves, by another connection; without an answer nothing is believed."""
         async with engine.connect() as other:
             await other.run_sync(notifying.notify, (), echo=self._echo)
-        waiting = asyncio.create_task(self._echoed.wait())
+        stopping = asyncio.create_task(self._stopping.wait())
         try:
-            await asyncio.wait({waiting, hearing}, timeout=_ECHO_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            await self._first(self._echoed.wait(), hearing, stopping, timeout=_ECHO_SECONDS)
         finally:
-            waiting.cancel()
-            await asyncio.gather(waiting, return_exceptions=True)
+            stopping.cancel()
+            await asyncio.gather(stopping, return_exceptions=True)
         self.is_trusted = self._echoed.is_set()
-        if not self.is_trusted and not hearing.done():
+        if not (self.is_trusted or hearing.done() or self._stopping.is_set()):
             logger.info(
                 "LISTEN brings nothing here, as behind a transaction pooler: this process looks for work of others "
                 "every few seconds. Give Database(…, notify_url=…) a URL that goes past the pooler."

@@ -103,7 +103,7 @@ class Run:
     @property
     def owner(self) -> Owner:
         """Who its session belongs to."""
-        return Owner(f"task {self.name!r}, attempt {self.attempt}", kind="task")
+        return Owner(f"task {self.name!r}, attempt {self.attempt}", kind="task", allowed=self.task.settings.timeout)
 
     @property
     def seconds(self) -> float:

@@ -8,6 +8,7 @@ import threading
 from typing import TYPE_CHECKING, Protocol
 
 from aftercommit.errors import ConfigurationError
+from aftercommit.pools.watchman import Watchman
 from aftercommit.runner.listening import Herald
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ class Running:
         self._create_tables = create_tables
         self._runner: Runner | None = None
         self._herald: Herald | None = None
+        self._watchman: Watchman | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -69,6 +71,7 @@ class Running:
             return
         if not self.pools:
             self._hand_over_only(durable=durable)
+            self._watch()
             return
         if outbox.runner is not None:
             raise ConfigurationError(
@@ -83,6 +86,7 @@ class Running:
             raise
         self._runner = runner
         outbox.runner = runner
+        self._watch()
 
     async def __aexit__(self, *_: object) -> None:
         """Stop in order."""
@@ -91,12 +95,19 @@ class Running:
             self._home.outbox.herald = None
             await asyncio.to_thread(herald.stop)
         runner, self._runner = self._runner, None
-        if runner is None:
-            return
         try:
-            await runner.stop(grace=self._grace)
+            if runner is not None:
+                await runner.stop(grace=self._grace)
         finally:
-            self._home.outbox.runner = None
+            if runner is not None:
+                self._home.outbox.runner = None
+            watchman, self._watchman = self._watchman, None
+            if watchman is not None:
+                await asyncio.to_thread(watchman.stop)
+
+    def _watch(self) -> None:
+        self._watchman = Watchman(self._home.sessions.pools.report_late)
+        self._watchman.start()
 
     def _hand_over_only(self, *, durable: bool) -> None:
         """Tell other processes of what is queued here; they would find it by polling, only later."""

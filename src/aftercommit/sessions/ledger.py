@@ -206,20 +206,15 @@ def _write(ledger: Ledger, connection: Connection) -> None:
     passed_on, ledger.confirmed = ledger.confirmed, []
     prompt: list[Item] = []
     for track in ledger.tracks:
-        waiting = [each for each in track.items if not each.is_written and is_on(connection, each.bind)]
-        # Their savepoint was rolled back on the connection, past the session.
-        undone = [each for each in waiting if each.is_undone]
-        waiting = [each for each in waiting if not each.is_undone]
-        past_session: list[Item] = []
+        waiting = [
+            each for each in track.items if not (each.is_written or each.is_undone) and is_on(connection, each.bind)
+        ]
         if track.committing:
             prompt += waiting
         elif connection in track.connections:
             # Committed through the connection, past the session: nobody will tell the session that it happened.
-            past_session = waiting
+            track.items = [each for each in track.items if each not in waiting]
             passed_on += waiting
-        if undone or past_session:
-            track.items = [each for each in track.items if each not in undone and each not in past_session]
-            by_sink(undone, lambda sink, entries: sink.dropped(entries))
     if prompt:
         # Marked first: if the writing fails, the commit fails, and these are dropped with what they had taken.
         for item in prompt:

@@ -59,11 +59,13 @@ class Owner:
         name: A request line (``POST /files``), a task (``task 'process_file', attempt 2``), or ``code``.
         line: Where it was opened, if that is known.
         kind: ``"request"``, ``"task"`` or ``"code"``.
+        allowed: Seconds for which it may hold a connection; None for what the pool allows.
     """
 
     name: str
     line: Line | None = None
     kind: str = "code"
+    allowed: float | None = None
 
     def __str__(self) -> str:
         """The name, and the line behind it."""

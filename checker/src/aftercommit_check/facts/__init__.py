@@ -1,0 +1,1 @@
+"""What an expression is, and what a function does with a session."""

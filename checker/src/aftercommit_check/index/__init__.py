@@ -1,0 +1,1 @@
+"""Which names exist where: modules, scopes and what binds a name."""

@@ -1,0 +1,1 @@
+"""Everything read from disk: source files, configuration, pinned versions."""

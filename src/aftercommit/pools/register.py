@@ -1,0 +1,258 @@
+"""Who holds which connection, since when; what to say when none is left, and when one is held too long."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+from sqlalchemy import AsyncAdaptedQueuePool, QueuePool, event
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+
+from aftercommit import signals
+from aftercommit.errors import PoolExhausted
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Connection, Engine
+    from sqlalchemy.engine.interfaces import DBAPIConnection
+
+__all__ = ["AsyncExplainingPool", "ExplainingPool", "Hold", "Register", "hold_of", "name_holder", "note_lock"]
+
+_HOLD: Final = "aftercommit.hold"
+_SHOWN: Final = 10
+_STATEMENT: Final = 200
+
+LOCK_SECONDS: Final = 1.0
+"""For which SQLite's one write lock may be held before that is reported."""
+
+
+@dataclass(eq=False, slots=True)
+class Hold:
+    """A connection that is in use. Times are of the monotonic clock.
+
+    Attributes:
+        since: When it was taken.
+        owner: Who has it; its text says so.
+        allowed: Seconds that its owner may take, where that is known (a task's ``timeout``).
+        statement: The statement that was run last.
+        idle_since: When that one was done, while its transaction is open; None during a statement.
+        locked_since: When it took SQLite's write lock.
+        reported: Whether it was reported as held too long.
+    """
+
+    since: float
+    owner: object = "code that took it from the engine"
+    allowed: float | None = None
+    statement: str | None = None
+    idle_since: float | None = None
+    locked_since: float | None = None
+    reported: bool = False
+
+    def describe(self, now: float) -> str:
+        """Say who, for how long, and what it is doing."""
+        text = f"{self.owner}, for {now - self.since:.1f} s"
+        idle = self.idle_since
+        if idle is not None and now - idle >= 0.1:  # noqa: PLR2004  # less is the pause between two statements
+            text += f", idle in its transaction for {now - idle:.1f} s"
+        if self.statement is not None:
+            text += (
+                f", after {_shortened(self.statement)!r}"
+                if idle is not None
+                else f", in {_shortened(self.statement)!r}"
+            )
+        return text
+
+
+class Register:
+    """The holders of one pool's connections, in both flavours.
+
+    Args:
+        pool: Its name.
+        warn_after: Seconds for which a connection may be held before that is reported.
+    """
+
+    def __init__(self, pool: str, warn_after: float) -> None:
+        self.pool = pool
+        self._warn_after = warn_after
+        self._holds: dict[Any, Hold] = {}
+        self._lock = threading.Lock()
+        self.waiting = 0
+
+    def attach(self, engine: Engine) -> None:
+        """Write down what an engine's connections do."""
+        event.listen(engine, "checkout", self._taken)
+        event.listen(engine, "checkin", self._returned)
+        event.listen(engine, "before_cursor_execute", _begin_statement)
+        event.listen(engine, "after_cursor_execute", _end_statement)
+        event.listen(engine, "commit", _end_transaction)
+        event.listen(engine, "rollback", _end_transaction)
+        if isinstance(engine.pool, (ExplainingPool, AsyncExplainingPool)):
+            engine.pool.register = self
+
+    def holds(self) -> list[Hold]:
+        """Everything that is in use now, the longest held first."""
+        now = list(self._holds.values())  # in one step: others come and go meanwhile
+        return sorted(now, key=lambda hold: hold.since)
+
+    def exhausted(self, pool: QueuePool, seconds: float) -> PoolExhausted:
+        """The error of somebody who waited in vain."""
+        now = time.monotonic()
+        holds = self.holds()
+        listed = [f"  {hold.describe(now)}" for hold in holds[:_SHOWN]]
+        if len(holds) > _SHOWN:
+            listed.append(f"  and {len(holds) - _SHOWN} more")
+        return PoolExhausted(
+            f"All {pool.size() + max(0, pool.overflow())} connections of pool {self.pool!r} are in use (size "
+            f"{pool.size()}, overflow {max(0, pool.overflow())}), and none came back within {seconds:g} s; "
+            f"{self.waiting} waiting. Held by:\n"
+            + "\n".join(listed)
+            + "\nEnd sessions before slow work, or give the pool more with "
+            "PoolSettings(pool_size=…, max_overflow=…).",
+            pool=self.pool,
+        )
+
+    def report_late(self) -> None:
+        """Report, once each, the connections that are held for too long."""
+        now = time.monotonic()
+        for hold in self.holds():
+            limit = hold.allowed if hold.allowed is not None else self._warn_after
+            locked = hold.locked_since is not None and now - hold.locked_since > LOCK_SECONDS
+            if hold.reported or (now - hold.since <= limit and not locked):
+                continue
+            hold.reported = True
+            idle = None if hold.idle_since is None else now - hold.idle_since
+            signals.emit(
+                signals.ConnectionHeld(
+                    pool=self.pool, owner=str(hold.owner), seconds=now - hold.since, idle=idle, locked=locked,
+                    statement=None if hold.statement is None else _shortened(hold.statement),
+                )
+            )  # fmt: skip
+
+    def _taken(self, _connection: DBAPIConnection, record: Any, _proxy: Any) -> None:
+        hold = Hold(time.monotonic())
+        record.record_info[_HOLD] = hold
+        self._holds[record] = hold
+
+    def _returned(self, _connection: DBAPIConnection | None, record: Any) -> None:
+        record.record_info.pop(_HOLD, None)
+        hold = self._holds.pop(record, None)
+        if hold is not None and hold.reported:
+            seconds = time.monotonic() - hold.since
+            signals.emit(signals.ConnectionReturned(pool=self.pool, owner=str(hold.owner), seconds=seconds))
+
+    @contextmanager
+    def someone_waits(self) -> Iterator[None]:
+        """Count somebody who waits, while he does."""
+        with self._lock:
+            self.waiting += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self.waiting -= 1
+
+
+class _Explaining(QueuePool):
+    """A pool that says who has its connections when it has none left."""
+
+    register: Register | None = None
+
+    def recreate(self) -> QueuePool:
+        """Make another like it, known to the same register."""
+        pool = super().recreate()
+        pool.register = self.register  # type: ignore[attr-defined]  # of the same class as this one
+        return pool
+
+    def _do_get(self) -> Any:
+        register = self.register
+        if register is None or self.checkedout() < self.size() + max(0, self._max_overflow):
+            return self._get(register)
+        with register.someone_waits():
+            return self._get(register)
+
+    def _get(self, register: Register | None) -> Any:
+        try:
+            return super()._do_get()
+        except PoolTimeoutError as exc:
+            if register is None:
+                raise
+            raise register.exhausted(self, self.timeout()) from exc
+
+
+class ExplainingPool(_Explaining):
+    """For sessions."""
+
+
+class AsyncExplainingPool(_Explaining, AsyncAdaptedQueuePool):
+    """For async sessions."""
+
+
+def hold_of(connection: Connection) -> Hold | None:
+    """What is known of a connection that is in use; None if it is not one of ours, or lost."""
+    if connection.closed or connection.invalidated:
+        return None
+    facts = connection.connection.record_info
+    return None if facts is None else facts.get(_HOLD)
+
+
+def note_lock(connection: Connection) -> None:
+    """Note that a connection has taken SQLite's write lock."""
+    hold = hold_of(connection)
+    if hold is not None:
+        hold.locked_since = time.monotonic()
+
+
+def name_holder(connection: Connection, owner: object, allowed: float | None) -> None:
+    """Say who has a connection.
+
+    Args:
+        connection: Any; those of other people's engines are let alone.
+        owner: Whoever has it; the text of this is shown.
+        allowed: Seconds that he may take, or None for what the pool allows.
+    """
+    hold = hold_of(connection)
+    if hold is not None:
+        hold.owner = owner
+        hold.allowed = allowed
+
+
+def _begin_statement(
+    connection: Connection,
+    _cursor: Any,
+    statement: str,
+    _parameters: Any,
+    _context: Any,
+    _many: bool,  # noqa: FBT001
+) -> None:
+    hold = hold_of(connection)
+    if hold is not None:
+        hold.statement = statement
+        hold.idle_since = None
+
+
+def _end_statement(
+    connection: Connection,
+    _cursor: Any,
+    _statement: str,
+    _parameters: Any,
+    _context: Any,
+    _many: bool,  # noqa: FBT001
+) -> None:
+    hold = hold_of(connection)
+    if hold is not None:
+        hold.idle_since = time.monotonic()
+
+
+def _end_transaction(connection: Connection) -> None:
+    hold = hold_of(connection)
+    if hold is not None:
+        hold.idle_since = hold.locked_since = None
+
+
+def _shortened(statement: str) -> str:
+    text = " ".join(statement.split())
+    return text if len(text) <= _STATEMENT else text[: _STATEMENT - 1] + "…"

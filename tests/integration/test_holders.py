@@ -1,0 +1,254 @@
+"""Who holds which connection: what a pool says that has none left, and what is said of one held too long."""
+
+import asyncio
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+
+import httpx
+import pytest
+import sqlalchemy.exc
+from fastapi import FastAPI
+from fastapi.responses import PlainTextResponse
+from sqlalchemy import text
+from sqlalchemy.orm import Session
+
+from aftercommit import Database, PoolSettings, signals
+from aftercommit.errors import PoolExhausted
+from aftercommit.fastapi import SessionDep, install
+from tests.support.databases import DatabaseUnderTest
+from tests.support.servers import serve
+
+Told = queue.SimpleQueue[signals.Signal]
+
+
+@pytest.fixture
+def told() -> Iterator[Told]:
+    """What is said of connections, in order."""
+    said: Told = queue.SimpleQueue()
+
+    @signals.subscribe(signals.ConnectionHeld, signals.ConnectionReturned)
+    def listen(signal: signals.Signal) -> None:
+        said.put(signal)
+
+    yield said
+    signals.unsubscribe(listen)
+
+
+@pytest.mark.drivers("psycopg", "pysqlite")
+def test_a_pool_that_runs_dry_names_the_holders(database: DatabaseUnderTest) -> None:
+    """``PoolExhausted`` says how large the pool is, who holds its connections, where from and since when."""
+    db = Database(database.url, pool=PoolSettings(1, 1, pool_timeout=0.05))
+
+    with db.session() as first, db.session() as second, db.session() as third:
+        first.execute(text("SELECT 1"))
+        second.execute(text("SELECT 2"))
+        with pytest.raises(PoolExhausted) as caught:
+            third.execute(text("SELECT 3"))
+
+    message = str(caught.value)
+    assert isinstance(caught.value, sqlalchemy.exc.TimeoutError)
+    assert caught.value.pool == "request"
+    assert "size 1, overflow 1" in message
+    assert message.count("test_holders.py:") == 2
+    assert "in test_a_pool_that_runs_dry_names_the_holders" in message
+    assert "'SELECT 1'" in message
+    assert message.endswith("[AC203]")
+    db.dispose()
+
+
+@pytest.mark.drivers("asyncpg", "aiosqlite")
+def test_an_async_pool_that_runs_dry_names_the_holders(database: DatabaseUnderTest) -> None:
+    """The async flavour says the same."""
+
+    async def exhaust() -> str:
+        db = Database(database.url, pool=PoolSettings(1, 0, pool_timeout=0.05))
+        async with db.async_session() as first, db.async_session() as second:
+            await first.execute(text("SELECT 1"))
+            with pytest.raises(PoolExhausted) as caught:
+                await second.execute(text("SELECT 2"))
+        await db.async_dispose()
+        return str(caught.value)
+
+    message = asyncio.run(exhaust())
+
+    assert "test_holders.py:" in message
+    assert "'SELECT 1'" in message
+
+
+@pytest.mark.drivers("psycopg")
+def test_those_who_wait_are_counted_and_served(database: DatabaseUnderTest) -> None:
+    """Whoever waits is counted while he does, and goes on when a connection comes back."""
+    db = Database(database.url, pool=PoolSettings(1, 0))
+    register = db.sessions.pools["request"].register
+    served = threading.Event()
+
+    def wait() -> None:
+        with db.session() as session:
+            session.execute(text("SELECT 2"))
+            served.set()
+
+    with db.session() as session:
+        session.execute(text("SELECT 1"))
+        waiting = threading.Thread(target=wait)
+        waiting.start()
+        while not register.waiting:
+            assert not served.is_set()
+        counted = register.waiting
+    waiting.join(30)
+
+    assert counted == 1
+    assert served.is_set()
+    assert register.waiting == 0
+    assert register.holds() == []
+    db.dispose()
+
+
+def test_a_connection_held_too_long_is_reported_once_and_when_it_returns(
+    database: DatabaseUnderTest, told: Told, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Owner, line, statement and idleness are told once while it is held, and its return after that."""
+    db = Database(database.url, pools={"request": PoolSettings(warn_after=0.01)})
+
+    async def hold() -> None:
+        async with db.running(runs=()):
+            if database.is_async:
+                async with db.async_session() as session:
+                    await session.execute(text("SELECT 42"))
+                    held.append(await asyncio.to_thread(told.get, timeout=30))
+            else:
+                held.append(await asyncio.to_thread(hold_sync))
+            returned.append(await asyncio.to_thread(told.get, timeout=30))
+        await db.async_dispose()
+
+    def hold_sync() -> signals.Signal:
+        with db.session() as session:
+            session.execute(text("SELECT 42"))
+            return told.get(timeout=30)
+
+    held: list[signals.Signal] = []
+    returned: list[signals.Signal] = []
+    with caplog.at_level(logging.WARNING, "aftercommit.pools"):
+        asyncio.run(hold())
+
+    assert isinstance(held[0], signals.ConnectionHeld)
+    assert held[0].pool == "request"
+    assert "test_holders.py:" in held[0].owner
+    assert held[0].statement == "SELECT 42"
+    assert held[0].idle is not None
+    assert isinstance(returned[0], signals.ConnectionReturned)
+    assert told.empty()
+    assert [record.levelname for record in caplog.records] == ["WARNING", "WARNING"]
+    assert "Commit before slow work" in caplog.text
+
+
+@pytest.mark.drivers("pysqlite", "aiosqlite")
+def test_the_write_lock_of_sqlite_is_reported_after_a_second(database: DatabaseUnderTest, told: Told) -> None:
+    """SQLite's one write lock stops every writer, so it is reported long before a mere connection is."""
+    db = Database(database.url)
+
+    async def hold() -> signals.Signal:
+        async with db.running(runs=()):
+            if not database.is_async:
+                return await asyncio.to_thread(hold_sync)
+            async with db.async_session() as session:
+                await session.execute(text("CREATE TABLE held (id INTEGER)"))
+                return await asyncio.to_thread(told.get, timeout=30)
+
+    def hold_sync() -> signals.Signal:
+        with db.session() as session:
+            session.execute(text("CREATE TABLE held (id INTEGER)"))
+            return told.get(timeout=30)
+
+    async def main() -> signals.Signal:
+        try:
+            return await hold()
+        finally:
+            await db.async_dispose()
+
+    signal = asyncio.run(main())
+
+    assert isinstance(signal, signals.ConnectionHeld)
+    assert signal.locked
+
+
+@pytest.mark.drivers("psycopg", "pysqlite")
+def test_a_task_may_hold_its_connection_for_its_timeout(database: DatabaseUnderTest, told: Told) -> None:
+    """A task is named with its attempt; one that has declared a longer ``timeout`` is let alone until then."""
+    db = Database(database.url, pools={"slow": PoolSettings(pool_size=2, warn_after=0.01)})
+    go_on = threading.Event()
+    begun = threading.Barrier(3)
+
+    @db.task(pool="slow")
+    def plain(session: Session) -> None:
+        session.execute(text("SELECT 1"))
+        session.commit()  # SQLite's lock is not what this is about
+        session.execute(text("SELECT 2")) if not database.is_sqlite else session.connection()
+        begun.wait(30)
+        go_on.wait(30)
+
+    @db.task(pool="slow", timeout=60)
+    def patient(session: Session) -> None:
+        if not database.is_sqlite:  # where two tasks cannot hold their connections at once
+            session.execute(text("SELECT 1"))
+        begun.wait(30)
+        go_on.wait(30)
+
+    with db.running(create_tables=True):
+        with db.session() as session:
+            db.after_commit(session, plain)
+            db.after_commit(session, patient)
+        begun.wait(30)
+        signal = told.get(timeout=30)
+        go_on.set()
+        db.drain()
+
+    assert isinstance(signal, signals.ConnectionHeld)
+    assert signal.owner == "task 'plain', attempt 1"
+    assert signal.pool == "slow"
+    rest = [told.get() for _ in range(told.qsize())]
+    assert not any("patient" in each.owner for each in rest if isinstance(each, signals.ConnectionHeld))
+    db.dispose()
+
+
+def application(db: Database) -> FastAPI:
+    """An endpoint that needs a connection."""
+    app = FastAPI()
+    install(app, db, runs=(), create_tables=True)
+
+    @app.get("/")
+    def look(session: SessionDep) -> int:
+        return session.execute(text("SELECT 1")).scalar_one()
+
+    return app
+
+
+@pytest.mark.drivers("psycopg", "pysqlite")
+def test_a_request_that_gets_no_connection_is_answered_503(database: DatabaseUnderTest) -> None:
+    """The client is told to come back, and the log says who holds the connections."""
+    db = Database(database.url, pool=PoolSettings(1, 0, pool_timeout=0.05))
+
+    with serve(application(db)) as url, db.session() as session:
+        session.execute(text("SELECT 1"))
+        answer = httpx.get(url)
+
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "1"
+
+
+@pytest.mark.drivers("pysqlite")
+def test_an_application_answers_exhaustion_itself(database: DatabaseUnderTest) -> None:
+    """An application that handles SQLAlchemy's ``TimeoutError`` goes on doing so."""
+    db = Database(database.url, pool=PoolSettings(1, 0, pool_timeout=0.05))
+    app = application(db)
+
+    @app.exception_handler(sqlalchemy.exc.TimeoutError)
+    def busy(_request: object, _error: Exception) -> PlainTextResponse:
+        return PlainTextResponse("busy", status_code=429)
+
+    with serve(app) as url, db.session() as session:
+        session.execute(text("SELECT 1"))
+        answer = httpx.get(url)
+
+    assert (answer.status_code, answer.text) == (429, "busy")
