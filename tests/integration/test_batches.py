@@ -320,14 +320,14 @@ def test_memory_does_not_grow_with_the_batch(bench: Bench) -> None:
 
     def peak(count: int) -> int:
         tracemalloc.start()
-        bench.run(({"number": number} for number in range(count)), lambda session, value: None, size=50)
+        bench.run((f"{number:2000}" for number in range(count)), lambda session, value: None, size=50)
         found = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return found
 
     peak(500)
 
-    assert peak(5000) < 2 * peak(500)
+    assert peak(5000) < peak(500) + 500_000
 
 
 @pytest.mark.drivers("pysqlite")
@@ -412,7 +412,7 @@ def test_flush_errors_belong_to_their_record(bench: Bench) -> None:
 
 
 def test_commit_errors_belong_to_their_record(bench: Bench) -> None:
-    """A deferred constraint that fails at the COMMIT is the failure of the record that broke it; the others are done."""
+    """A deferred constraint that fails at the COMMIT fails the record that broke it; the others are done."""
     bench.fill(10)
 
     def handle(session: Session, item: Item) -> None:
@@ -581,9 +581,7 @@ def test_a_batch_in_a_task_saves_its_position(bench: Bench) -> None:
         if item.id == 13 and calls.count(13) == 1:
             raise _Crash
 
-    record = bench.drain(
-        bench.batch_task(lambda: (select(Item), handle), size=5, on_error=mark)
-    )
+    record = bench.drain(bench.batch_task(lambda: (select(Item), handle), size=5, on_error=mark))
 
     assert (record.state, bench.crashes, record.result) == ("succeeded", 1, 20)
     assert bench.counts == {number: int(number != 3) for number in range(1, 21)}
@@ -608,9 +606,7 @@ def test_a_task_goes_on_in_a_generator(bench: Bench) -> None:
             crashes.clear()
             raise _Crash
 
-    record = bench.drain(
-        bench.batch_task(lambda: (iter(range(1, 16)), handle), size=4)
-    )
+    record = bench.drain(bench.batch_task(lambda: (iter(range(1, 16)), handle), size=4))
 
     assert (record.state, bench.crashes, record.result) == ("succeeded", 1, 15)
     assert sorted(bench.counts) == list(range(1, 16))
@@ -834,6 +830,41 @@ def test_the_first_error_ends_all_lanes(bench: Bench) -> None:
     assert bench.counts[9] == 0
 
 
+@pytest.mark.drivers("psycopg", "asyncpg")
+def test_lanes_of_a_task_take_places_and_give_them_back(bench: Bench) -> None:
+    """A wide batch in a task uses free places of its pool; a task that comes meanwhile gets one before the end."""
+    bench.fill(60)
+    meeting = threading.Barrier(3, timeout=20)
+    came, ran = threading.Event(), threading.Event()
+    widths: set[int] = set()
+
+    def handle(session: Session, item: Item) -> None:
+        item.n += 1
+        runner = bench.db.runner
+        assert runner is not None
+        widths.add(runner.lanes["default"]._lent)
+        if bench.loop is None and item.id <= 3:
+            meeting.wait()
+        if item.id == 20 and not came.is_set():
+            came.set()
+            with Session(bench.outside) as other, other.begin():
+                for _ in range(4):
+                    bench.db.after_commit(other, bench.db.tasks["quick"])
+        if item.id == 60 and bench.loop is None:
+            assert ran.wait(20)
+
+    @bench.db.task
+    def quick() -> None:
+        ran.set()
+
+    record = bench.drain(bench.batch_task(lambda: (select(Item), handle), size=1, workers=3))
+
+    assert record.state == "succeeded", record.traceback
+    assert set(bench.counts.values()) == {1}
+    assert max(widths) == 2
+    assert ran.is_set()
+
+
 # --- properties -------------------------------------------------------------------------------------------------
 
 
@@ -865,7 +896,7 @@ def test_what_is_done_and_what_is_left_are_the_whole(size: int, order: list[int]
     kills=st.sets(st.integers(1, 40), max_size=3),
     as_rows=st.booleans(),
 )
-def test_every_good_record_once_every_bad_one_marked_once(
+def test_every_good_record_once_every_bad_one_marked_once(  # noqa: PLR0917  # hypothesis passes by name
     bench: Bench, count: int, bad: set[int], size: int, workers: int, kills: set[int], as_rows: bool
 ) -> None:
     """For any failing records, chunk size, width and points of death, nothing is done twice and nothing is lost."""

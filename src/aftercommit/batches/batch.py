@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from aftercommit.batches.chunks import Handling, Settled, repeated, run_chunk
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
     from aftercommit.batches.flavour import Opened
     from aftercommit.runner import Outbox
+    from aftercommit.runner.lanes import Lane as Place
     from aftercommit.runner.run import Run
     from aftercommit.sessions import SessionFactory
 
@@ -140,7 +142,6 @@ class Batch:
         self._total: int | None = None
         self._error: BaseException | None = None
         self._is_exhausted = False
-        self._spawned = 0
         self._teller: Teller | None = None
         self._source: Source | None = None
 
@@ -281,8 +282,8 @@ class Batch:
     def _work(self, lane: _Lane) -> None:
         """Work in the caller's place, with further lanes beside it; raise what ended the batch."""
         started = time.monotonic()
-        self._widen()
         try:
+            self._widen()
             self._serve(lane)
         except BaseException as exc:  # noqa: BLE001  # raised below, once the other lanes have ended
             self._give_up(exc)
@@ -297,27 +298,39 @@ class Batch:
             raise error
 
     def _widen(self) -> None:
-        """Start further lanes."""
-        while self._free and self._spawned < self._options.workers - 1:
+        """Start further lanes, as many as there are places for."""
+        while True:
+            with self._books:
+                if not self._free or self._is_exhausted or self._error is not None:
+                    return
             release = self._take_place()
             if release is None:
                 return
-            self._spawned += 1
-            lane = self._free.pop(0)
-            self._flavour.spawn(lambda lane=lane, release=release: self._serve_beside(lane, release))
+            with self._books:
+                lane = self._free.pop(0)
+            self._flavour.spawn(partial(self._serve_beside, lane, release))
 
     def _take_place(self) -> Callable[[], None] | None:
         """Take a place of the pool for a further lane, if one is free; return what gives it back."""
         if self._run is None:
             return _nothing
-        return None
+        place = self._place
+        return place.take_back if place is not None and place.lend() else None
+
+    @property
+    def _place(self) -> Place | None:
+        """Where the task's pool has its places in this process; None where a test runs the task."""
+        runner = self._home.outbox.runner
+        return None if runner is None or self._run is None else runner.lanes.get(self._run.pool)
 
     def _serve_beside(self, lane: _Lane, release: Callable[[], None]) -> None:
         try:
-            self._serve(lane)
+            self._serve(lane, is_lent=self._run is not None)
         except BaseException as exc:  # noqa: BLE001  # the caller's lane raises it
             self._give_up(exc)
         finally:
+            with self._books:
+                self._free.append(lane)
             release()
 
     def _give_up(self, error: BaseException) -> None:
@@ -328,8 +341,8 @@ class Batch:
                     self._error = error
         self._flavour.hurry(abort=not isinstance(error, Exception))
 
-    def _serve(self, lane: _Lane) -> None:
-        """Take one chunk after the other, until none is left."""
+    def _serve(self, lane: _Lane, *, is_lent: bool = False) -> None:
+        """Take one chunk after the other, until none is left, or a task waits for the place that was lent."""
         assert self._source is not None  # noqa: S101  # made before any lane
         handling = Handling(
             source=self._source,
@@ -346,6 +359,10 @@ class Batch:
         )
         while (chunk := self._next()) is not None:
             run_chunk(chunk, handling, lambda settled: self._settle(lane, settled))
+            if not is_lent:
+                self._widen()
+            elif self._place is None or self._place.is_wanted_back:
+                return
 
     def _next(self) -> Chunk | None:
         with self._flavour.locked():
@@ -485,7 +502,7 @@ class Batch:
             self._teller.tell(done, None if self._total is None else max(self._total, done))
 
 
-class _Ended(BaseException):  # noqa: N818  # never leaves a lane
+class _Ended(BaseException):
     """Another lane has ended the batch."""
 
 

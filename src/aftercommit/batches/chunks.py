@@ -165,11 +165,14 @@ def repeated(work: Callable[[], Any], flavour: Flavour) -> Any:
             flavour.wait(step.delay)
 
 
-class _AtCommit(Exception):  # noqa: N818  # never leaves this module
+class _AtCommit(Exception):
     """The COMMIT itself failed, for good."""
 
+    def __init__(self, error: Exception) -> None:
+        self.error = error
 
-class _Suspects(Exception):  # noqa: N818  # never leaves this module
+
+class _Suspects(Exception):
     """Unique violations that another transaction may have caused: look again with a fresh snapshot."""
 
     def __init__(self, places: set[int]) -> None:
@@ -204,12 +207,11 @@ def _alone(chunk: Chunk, handling: Handling, seen: Seen) -> Settled:
     try:
         return _Chunk(chunk, handling, seen).run(_Mode.SAVEPOINTS)
     except _AtCommit as exc:
-        assert exc.__cause__ is not None  # noqa: S101  # raised from it
-        try:
-            return _Chunk(chunk, handling, seen, verdict=exc.__cause__).run(_Mode.SAVEPOINTS)
-        except _AtCommit as again:
-            assert again.__cause__ is not None  # noqa: S101  # raised from it
-            raise again.__cause__ from exc.__cause__
+        verdict = exc.error
+    try:
+        return _Chunk(chunk, handling, seen, verdict=verdict).run(_Mode.SAVEPOINTS)
+    except _AtCommit as exc:
+        raise exc.error from verdict
 
 
 def _singles(chunk: Chunk, handling: Handling) -> list[Chunk]:
@@ -246,7 +248,7 @@ class _Chunk:
         self._suspects: set[int] = set()
         self._passes = 0
         self._settled: Settled | None = None
-        self._is_committing = False
+        """What its COMMIT settles, once that is being sent; None before."""
 
     def run(self, mode: _Mode = _Mode.PLAIN) -> Settled:
         """Run it until it is committed."""
@@ -256,27 +258,32 @@ class _Chunk:
             except _Suspects as exc:
                 self._suspects |= exc.places
                 self._passes += 1
-            except _AtCommit:
-                raise
             except _ABORTING:
                 raise
-            except Exception as exc:
-                if self._is_committing and self._happened(exc):
-                    assert self._settled is not None  # noqa: S101  # its commit was sent
+            except Exception as exc:  # noqa: BLE001  # what does not pass by itself is raised by _next_mode
+                if self._settled is not None and self._happened(exc):
                     return self._settled
-                step = self._tries.judge(exc, self._seen)
-                if step is not None:
-                    self._tries.count(exc, step)
-                    self._handling.check()
-                    self._handling.flavour.wait(step.delay)
-                elif fault_of(exc) in _TRANSIENT:
-                    raise
-                elif self._is_committing:
-                    raise _AtCommit from exc
-                elif mode is _Mode.PLAIN:
-                    mode = _Mode.SAVEPOINTS
-                else:
-                    raise
+                if not self._repeats(exc):
+                    mode = self._next_mode(mode, exc)
+
+    def _repeats(self, error: Exception) -> bool:
+        """Wait, if *error* passes by itself."""
+        step = self._tries.judge(error, self._seen)
+        if step is None:
+            return False
+        self._tries.count(error, step)
+        self._handling.flavour.wait(step.delay)
+        return True
+
+    def _next_mode(self, mode: _Mode, error: Exception) -> _Mode:
+        """The next step of the ladder, or *error* itself."""
+        if fault_of(error) in _TRANSIENT:
+            raise error
+        if self._settled is not None:
+            raise _AtCommit(error) from error
+        if mode is _Mode.PLAIN:
+            return _Mode.SAVEPOINTS
+        raise error
 
     def _happened(self, error: BaseException) -> bool:
         """Whether a COMMIT whose answer was lost was done."""
@@ -295,7 +302,6 @@ class _Chunk:
         handling = self._handling
         handling.check()
         self._seen.forget()
-        self._is_committing = False
         self._settled = None
         opened = handling.open()
         try:
@@ -304,15 +310,10 @@ class _Chunk:
             session.connection()
             root = session.get_transaction()
             items = handling.source.load(session, self._chunk)
-            if mode is _Mode.PLAIN:
-                failures = self._plain(opened, items)
-            else:
-                failures = self._in_savepoints(opened, items)
-            if session.get_transaction() is not root:
-                raise _ended_by_handler()
+            failures = self._plain(opened, items) if mode is _Mode.PLAIN else self._in_savepoints(opened, items)
+            _still_in(session.get_transaction() is root)
             settled = Settled(self._chunk.stretch, len(items) - len(failures), tuple(failures))
             self._settled = settled
-            self._is_committing = True
             opened.commit()
         except BaseException as exc:
             if fault_of(exc) is Fault.STALE:
@@ -324,7 +325,7 @@ class _Chunk:
         return settled
 
     def _committing(self, connection: Connection) -> None:
-        if not self._is_committing or self._settled is None:
+        if self._settled is None:
             raise _ended_by_handler()
         self._handling.committing(connection, self._settled)
 
@@ -398,8 +399,7 @@ class _Chunk:
         savepoint = session.begin_nested()
         try:
             work()
-            if session.get_nested_transaction() is not savepoint:
-                raise _ended_by_handler()
+            _still_in(session.get_nested_transaction() is savepoint)
             savepoint.commit()
         except _ABORTING:
             raise
@@ -410,6 +410,11 @@ class _Chunk:
                 savepoint.rollback()
             return exc
         return None
+
+
+def _still_in(is_there: bool) -> None:  # noqa: FBT001  # reads as what it says
+    if not is_there:
+        raise _ended_by_handler()
 
 
 def _ended_by_handler() -> BatchError:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
-from sqlalchemy import Column, ColumnElement, Select, bindparam, func, inspect, select, tuple_
+from sqlalchemy import ColumnElement, Select, bindparam, func, inspect, select, tuple_
 from sqlalchemy.orm import Mapper
 
 from aftercommit.batches.stretches import Stretch
@@ -195,7 +196,7 @@ class _Rows:
             for condition in self._between(self._inner, gap.after, gap.last):
                 statement = statement.where(condition)
             counting = select(func.count()).select_from(statement.subquery())
-            total += int(read(lambda session, counting=counting: session.scalar(counting)) or 0)
+            total += int(read(partial(_scalar, counting)) or 0)
         return total
 
     def _write(self, key: tuple[Any, ...]) -> list[Any]:
@@ -216,7 +217,11 @@ class _Rows:
         return [bindparam(None, value, type_=column.type) for value, column in zip(values, self._columns, strict=True)]
 
 
-def _inside(subquery: Any, column: Column[Any]) -> ColumnElement[Any]:
+def _scalar(statement: Select[Any], session: Session) -> Any:
+    return session.scalar(statement)
+
+
+def _inside(subquery: Any, column: ColumnElement[Any]) -> ColumnElement[Any]:
     found = subquery.corresponding_column(column)
     if found is None:
         raise ConfigurationError("This Select does not load the primary key of its class. Select the class itself.")
@@ -294,14 +299,12 @@ class _Values:
     def _rows(self, session: Session, mapper: Mapper[Any], keys: tuple[Any, ...]) -> list[Item]:
         columns = mapper.primary_key
         wanted = [tuple(key) if isinstance(key, (tuple, list)) else (key,) for key in keys]
-        if len(columns) == 1:
-            condition = columns[0].in_([key[0] for key in wanted])
-        else:
-            condition = tuple_(*columns).in_(wanted)
+        is_single = len(columns) == 1
+        condition = columns[0].in_([key[0] for key in wanted]) if is_single else tuple_(*columns).in_(wanted)
         rows = session.scalars(select(mapper.class_).where(condition)).unique().all()
         found = {tuple(inspect(row).identity): row for row in rows}
         return [
-            Item(_shown(key), found[key]) if key in found else Item(_shown(key), _shown(key), missing=_gone(mapper, key))
+            Item(_shown(key), found.get(key, _shown(key)), missing=None if key in found else _gone(mapper, key))
             for key in wanted
         ]
 

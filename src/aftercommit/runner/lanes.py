@@ -124,6 +124,7 @@ class Lane:
         self._open = True
         self._draining = False
         self._reserved = 0
+        self._lent = 0
         self._active: set[Run] = set()
         self._backlog: deque[Run] = deque()
         self._backlog_limit = 2 * width
@@ -167,7 +168,7 @@ class Lane:
         with self._lock:
             if not self._open or (self._draining and not urgent):
                 return False
-            taken = len(self._active) + len(self._backlog) + self._reserved
+            taken = len(self._active) + self._lent + len(self._backlog) + self._reserved
             if not urgent and (self.is_paused or self.has_queued or taken >= self.width + self._backlog_limit):
                 return False
             self._reserved += 1
@@ -185,7 +186,7 @@ class Lane:
                 self._reserved -= 1
             if not self._open or (run.claim is not None and (self._draining or self.is_paused)):
                 return False
-            if self.is_paused or len(self._active) >= self.width:
+            if self.is_paused or len(self._active) + self._lent >= self.width:
                 self._backlog.append(run)
                 return True
             self._active.add(run)
@@ -197,7 +198,7 @@ class Lane:
         with self._lock:
             if not self._open or self._draining or self.is_paused:
                 return 0
-            taken = len(self._active) + len(self._backlog) + self._reserved
+            taken = len(self._active) + self._lent + len(self._backlog) + self._reserved
             if len(self._backlog) > self._backlog_limit // 4:
                 return 0
             return max(0, self.width + self._backlog_limit - taken)
@@ -206,7 +207,36 @@ class Lane:
     def is_full(self) -> bool:
         """Whether every place is taken: what is queued now is better taken by somebody else."""
         with self._lock:
-            return len(self._active) >= self.width
+            return len(self._active) + self._lent >= self.width
+
+    # -- lending --
+
+    def lend(self) -> bool:
+        """Give a free place to a further lane of a batch whose task runs here; never one that a task waits for."""
+        with self._lock:
+            taken = len(self._active) + self._lent + len(self._backlog) + self._reserved
+            if not self._open or self._draining or self.is_paused or self.has_queued or taken >= self.width:
+                return False
+            self._lent += 1
+            return True
+
+    @property
+    def is_wanted_back(self) -> bool:
+        """Whether a task waits for a place, or nothing more is to be begun: what was lent should come back soon."""
+        with self._lock:
+            return bool(self._backlog) or self.has_queued or self._draining or self.is_paused
+
+    def take_back(self) -> None:
+        """Take back a place that was lent, and give it to a task that waits."""
+        with self._lock:
+            self._lent -= 1
+            following = None
+            if self._backlog and len(self._active) + self._lent < self.width and not self.is_paused:
+                following = self._backlog.popleft()
+                self._active.add(following)
+        self._ended(self)
+        if following is not None:
+            self.start(following)
 
     # -- ending --
 
@@ -215,7 +245,7 @@ class Lane:
         with self._lock:
             self._active.discard(run)
             following = None
-            if self._backlog and len(self._active) < self.width and not self.is_paused:
+            if self._backlog and len(self._active) + self._lent < self.width and not self.is_paused:
                 following = self._backlog.popleft()
                 self._active.add(following)
         self._ended(self)
@@ -248,7 +278,7 @@ class Lane:
         with self._lock:
             self.is_paused = False
             starting: list[Run] = []
-            while self._backlog and len(self._active) < self.width:
+            while self._backlog and len(self._active) + self._lent < self.width:
                 starting.append(self._backlog.popleft())
                 self._active.add(starting[-1])
         self.expect()
