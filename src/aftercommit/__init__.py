@@ -12,6 +12,7 @@ from aftercommit import errors, signals
 from aftercommit.batches import BatchFailure, BatchReport
 from aftercommit.database import Database
 from aftercommit.errors import AfterCommitError
+from aftercommit.events import EventHandle
 from aftercommit.monitoring.logging import log_signals
 from aftercommit.pools import PoolSettings
 from aftercommit.runner import TaskHandle
@@ -26,6 +27,7 @@ __all__ = [
     "BatchReport",
     "CurrentRun",
     "Database",
+    "EventHandle",
     "PoolSettings",
     "Retry",
     "Task",

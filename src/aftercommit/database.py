@@ -28,6 +28,8 @@ from aftercommit.errors import (
     TaskDefinitionError,
     TaskStateError,
 )
+from aftercommit.events.handlers import Handlers, as_task_function, check_event_type
+from aftercommit.events.publishing import EventHandle, Unhandled, UnhandledSink, new_event
 from aftercommit.pools import Pools, PoolSettings
 from aftercommit.pools.pools import BOOKKEEPING, REQUEST
 from aftercommit.pools.settings import check_isolation_level
@@ -49,6 +51,8 @@ if TYPE_CHECKING:
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
     from sqlalchemy.orm import scoped_session
+
+    from aftercommit.records.happenings import NewEvent
 
 __all__ = ["Database"]
 
@@ -124,6 +128,8 @@ class Database:
         self._pace = Pace(heartbeat=heartbeat, silent_after=silent_after, keep=keep_finished)
         self._max_argument_bytes = max_argument_bytes
         self._tasks: dict[str, Task[Any, Any]] = {}
+        self._handlers = Handlers()
+        self._unhandled = UnhandledSink(self.outbox.lost)
         self._lock = threading.Lock()
         self._ours: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
         self.expects_runner = False
@@ -354,9 +360,20 @@ class Database:
                 f"{task!r} belongs to another Database. Its record would be written where nobody looks for it: hand it "
                 "over with that Database's after_commit and one of its sessions."
             )
-        self._check_flavour(task)
         plain = sync_session_of(session)
-        bind = self._bind_of(plain)
+        return self._hand_over(plain, self._bind_of(plain), task, args, kwargs)
+
+    def _hand_over(
+        self,
+        plain: Session,
+        bind: Engine | Connection,
+        task: Task[Any, Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        event: NewEvent | None = None,
+    ) -> TaskHandle:
+        self._check_flavour(task)
         if not task.settings.durable:
             self._check_memory(task)
         elif self.outbox.runner is None:
@@ -370,6 +387,7 @@ class Database:
             handle=handle,
             parent=None if run is None else run.id,
             context=carried.capture(),
+            event=event,
         )
         wait_for_commit(plain, self.outbox, entry, bind)
         return handle
@@ -453,6 +471,91 @@ class Database:
                 "drain in a process that runs them."
             )
         return running
+
+    # --- events -------------------------------------------------------------------------------------------------
+
+    def on(
+        self,
+        event_type: type,
+        /,
+        *,
+        name: str | None = None,
+        aliases: Sequence[str] = (),
+        pool: str = DEFAULT,
+        retry: Retry | None = None,
+        timeout: float | None = None,
+        repeatable: bool = False,
+        isolation_level: str | None = None,
+        on_failure: Callable[..., Any] | None = None,
+    ) -> Callable[[Callable[..., Any]], Task[..., Any]]:
+        """Declare a function as a handler of an event: a durable task for each event that is published.
+
+        It takes ``(session, event)`` or ``(event)``. Each handler of an event has its own record, its own retries,
+        and takes effect exactly once, whatever becomes of the others.
+
+        Args:
+            event_type: The event's class, a Pydantic model or a dataclass. Subclasses are events of their own.
+            name: What records call the handler; the function's bare name by default.
+            aliases: Former names, under which events may still wait.
+            pool: The pool whose connections, threads and limit it uses.
+            retry: How often it is tried, and for which errors of the application.
+            timeout: Seconds for one attempt.
+            repeatable: Whether it may run again from the top after a commit of its own.
+            isolation_level: Of its transactions, instead of the pool's.
+            on_failure: Called as ``on_failure(session, error, event)`` when it has failed for good.
+
+        Raises:
+            TaskDefinitionError: If this can be no handler, or its name is taken.
+            ConfigurationError: If there is no such pool.
+        """
+        check_event_type(event_type)
+
+        def decorate(function: Callable[..., Any]) -> Task[..., Any]:
+            declare = self.task(
+                name=name,
+                aliases=aliases,
+                pool=pool,
+                retry=retry,
+                timeout=timeout,
+                repeatable=repeatable,
+                isolation_level=isolation_level,
+                on_failure=on_failure,
+            )
+            task: Task[..., Any] = declare(as_task_function(function, event_type))
+            self._handlers.add(event_type, task)
+            return task
+
+        return decorate
+
+    def publish(
+        self, session: Session | AsyncSession | scoped_session[Any] | Any, event: object, key: str | None = None
+    ) -> EventHandle:
+        """Have every handler of *event* that this process knows run once the session's transaction has committed.
+
+        One durable task for each handler is written in that transaction, with the tasks that it asks for. Rolled
+        back, the event never was. An event that nobody handles is legal.
+
+        Args:
+            session: As for ``after_commit``.
+            event: An instance of a Pydantic model or a dataclass.
+            key: Makes publishing idempotent: for as long as events are kept (``keep_finished``), a second one of this
+                class and key does nothing, also if both are published at once.
+
+        Returns:
+            The event's id, and the handle of each handler's task.
+
+        Raises:
+            UnsafeArgument: If the event cannot cross as JSON.
+            HandOverError: If it could never be handled from here.
+        """
+        handlers = self._handlers.of(event)
+        row = new_event(event, key)
+        plain = sync_session_of(session)
+        bind = self._bind_of(plain)
+        if row is not None and not handlers:
+            wait_for_commit(plain, self._unhandled, Unhandled(row), bind)
+        tasks = {task.name: self._hand_over(plain, bind, task, (event,), {}, event=row) for task in handlers}
+        return EventHandle(uuid7() if row is None else row.id, tasks)
 
     # --- batches ------------------------------------------------------------------------------------------------
 

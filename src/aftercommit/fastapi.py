@@ -38,6 +38,7 @@ from starlette.requests import HTTPConnection, Request
 from starlette.responses import JSONResponse, Response
 
 from aftercommit.errors import ConfigurationError, HandOverError, PoolExhausted
+from aftercommit.events import EventHandle
 from aftercommit.pools.pools import REQUEST
 from aftercommit.sessions import AsyncScope, Owner, Scope, shielded
 
@@ -494,6 +495,10 @@ class AfterCommit:
     def __call__(self, task: Task[P, Any], *args: P.args, **kwargs: P.kwargs) -> TaskHandle:
         """Have *task* run once the session's transaction has committed; see ``Database.after_commit``."""
         return self.db.after_commit(self.session, task, *args, **kwargs)
+
+    def publish(self, event: object, key: str | None = None) -> EventHandle:
+        """Have every handler of *event* run once the session's transaction has committed; see ``Database.publish``."""
+        return self.db.publish(self.session, event, key=key)
 
 
 class _AfterRequest(AfterCommit):

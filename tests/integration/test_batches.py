@@ -733,6 +733,68 @@ def test_a_cancelled_task_commits_no_further_chunk(bench: Bench) -> None:
     assert bench.counts == {number: int(number <= 10) for number in range(1, 21)}
 
 
+@pytest.mark.drivers("psycopg", "asyncpg")
+def test_a_claim_that_was_lost_runs_no_handler_again(bench: Bench) -> None:
+    """Somebody else's record shows as a conflict at REPEATABLE READ; the chunk is not repeated for that."""
+    bench.fill(3)
+    calls: list[int] = []
+
+    def handle(session: Session, item: Item) -> None:
+        calls.append(item.id)
+        item.n += 1
+        run = current_run()
+        assert run is not None
+        if item.id == 2:
+            with bench.outside.begin() as connection:
+                connection.execute(sa.update(TaskRecord).where(TaskRecord.id == run.id).values(state="cancelled"))
+
+    record = bench.drain(bench.batch_task(lambda: (select(Item), handle), size=3))
+
+    assert record.state == "cancelled"
+    assert calls == [1, 2, 3]
+    assert set(bench.counts.values()) == {0}
+
+
+@pytest.mark.drivers("psycopg", "pysqlite")
+def test_conflicts_of_chunks_do_not_repeat_the_task(bench: Bench) -> None:
+    """What chunks have dealt with is no reason to repeat the task when it fails for a reason of its own."""
+    bench.fill(4)
+    runs: list[int] = []
+
+    def handle(session: Session, item: Item) -> None:
+        item.note = "same"
+
+    @bench.db.task
+    def work() -> None:
+        runs.append(1)
+        bench.db.run_batch(select(Item), handle, size=4)
+        raise KeyError("of its own")
+
+    record = bench.drain(work)
+
+    assert (record.state, record.attempt, len(runs)) == ("failed", 1, 1)
+
+
+@pytest.mark.drivers("psycopg", "pysqlite")
+def test_batches_in_tests_that_roll_back(bench: Bench) -> None:
+    """Where a test replaces the database by a connection, a task's batch runs in the test's transaction."""
+    from aftercommit import testing
+
+    bench.fill(12)
+    task = bench.batch_task(lambda: (select(Item), failing(3)), size=5, workers=3, on_error=mark)
+
+    with bench.outside.connect() as connection, connection.begin() as outer:
+        with testing.replace(bench.db, connection=connection) as tasks:
+            with bench.db.session() as session:
+                bench.db.after_commit(session, task)
+            tasks.run()
+        done = connection.execute(select(sa.func.sum(Item.n))).scalar()
+        outer.rollback()
+
+    assert done == 11
+    assert set(bench.counts.values()) == {0}
+
+
 @pytest.mark.drivers("psycopg", "pysqlite")
 def test_pool_is_the_tasks_own(bench: Bench) -> None:
     """Another pool than the task's would hold two places for one piece of work, and is refused."""

@@ -8,9 +8,8 @@ import pytest
 
 PUBLIC = {
     "aftercommit": {
-        "AfterCommitError", "BatchFailure", "BatchReport", "CurrentRun", "Database", "PoolSettings", "Retry", "Task",
-        "TaskHandle", "TaskRecord",
-        "current_run", "errors", "signals",
+        "AfterCommitError", "BatchFailure", "BatchReport", "CurrentRun", "Database", "EventHandle", "PoolSettings",
+        "Retry", "Task", "TaskHandle", "TaskRecord", "current_run", "errors", "signals",
     },
     "aftercommit.fastapi": {
         "AfterCommit", "AfterCommitDep", "AsyncSessionDep", "SessionDep", "after_commit_of", "async_session_of",

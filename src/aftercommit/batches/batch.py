@@ -356,6 +356,7 @@ class Batch:
             committing=lambda connection, settled: self._committing(lane, connection, settled),
             was_committed=lambda: self._was_committed(lane),
             check=self._check,
+            fence=self._check_claim,
         )
         while (chunk := self._next()) is not None:
             run_chunk(chunk, handling, lambda settled: self._settle(lane, settled))
@@ -413,6 +414,11 @@ class Batch:
                 "Read what you need from your rows, call session.commit(), then run the batch; while it runs, use the "
                 "session that the handler is given."
             )
+
+    def _check_claim(self) -> None:
+        self._check()
+        if self._run is not None and self._run.claim is not None:
+            self._fenced(lambda _connection: None)
 
     def _begun(self, connection: Connection) -> None:
         run = self._run

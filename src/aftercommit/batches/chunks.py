@@ -18,7 +18,7 @@ from enum import Enum
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import inspect
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstanceState, Session
 
 from aftercommit.batches.stretches import Stretch
 from aftercommit.errors import BatchError, BatchStopped, LostClaim, TaskTimeout
@@ -102,6 +102,7 @@ class Handling:
         committing: Called with the connection and what is settled before its COMMIT, in its transaction.
         was_committed: Whether a COMMIT whose answer was lost happened all the same; None if nobody can say.
         check: Raises what ends the whole batch: a lost claim, a time limit, a stop.
+        fence: Raises what ``check`` does, after a look into the database: before a handler is called again.
     """
 
     source: Source
@@ -115,6 +116,7 @@ class Handling:
     committing: Callable[[Connection, Settled], None]
     was_committed: Callable[[], bool | None]
     check: Callable[[], None]
+    fence: Callable[[], None]
 
 
 @dataclass(slots=True)
@@ -273,6 +275,8 @@ class _Chunk:
             return False
         self._tries.count(error, step)
         self._handling.flavour.wait(step.delay)
+        # A claim that was lost shows as a conflict, too, and then the handler must not run again.
+        self._handling.fence()
         return True
 
     def _next_mode(self, mode: _Mode, error: Exception) -> _Mode:
@@ -428,6 +432,6 @@ def _ended_by_handler() -> BatchError:
 def _refresh(session: Session, value: Any) -> None:
     """Load a row anew after its savepoint was rolled back: in async code it could not do so itself."""
     state = inspect(value, raiseerr=False)
-    mapped = state is not None and hasattr(state, "mapper") and hasattr(state, "session")
-    if mapped and state.session is session and state.persistent:
+    # Values may be anything, also what SQLAlchemy can inspect without its being a row.
+    if isinstance(state, InstanceState) and state.session is session and state.persistent:
         session.refresh(value)

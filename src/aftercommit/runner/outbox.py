@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 
 from aftercommit import signals
 from aftercommit.errors import ConfigurationError, SchemaError, TasksNotCommitted
-from aftercommit.records import writing
+from aftercommit.records import happenings, writing
 from aftercommit.records.moves import Claim
 from aftercommit.runner.run import Run
 from aftercommit.sessions.waiting import simulates_commits
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from uuid import UUID
 
+    from aftercommit.records.happenings import NewEvent
     from aftercommit.runner.listening import Herald
     from aftercommit.runner.runner import Runner
     from aftercommit.sessions import Line
@@ -61,6 +62,7 @@ class Wanted:
         handle: What the caller has.
         parent: The run that asks for it.
         context: What follows it, JSON text.
+        event: The event with a key that it handles: it is written only if that is new.
     """
 
     task: Task[Any, Any]
@@ -68,6 +70,7 @@ class Wanted:
     handle: TaskHandle
     parent: UUID | None
     context: str | None
+    event: NewEvent | None = None
     arguments: str = ""
     reserved: Run | None = None
     written: bool = field(default=False)
@@ -136,9 +139,10 @@ class Outbox:
                     "for. Hand over with a session that has one."
                 )
             worker = None if runner is None else runner.id
-            rows = [_row(entry, worker if entry.reserved is not None else None) for entry in durable]
             try:
-                written = writing.insert(connection, rows)
+                durable = _of_new_events(connection, durable)
+                rows = [_row(entry, worker if entry.reserved is not None else None) for entry in durable]
+                written = writing.insert(connection, rows) if rows else set()
             except DBAPIError as exc:
                 _explain_missing_table(exc)
                 raise
@@ -212,7 +216,7 @@ class Outbox:
 
     def _reserve(self, runner: Runner, entry: Wanted) -> None:
         durable = entry.task.settings.durable
-        if durable and not entry.task.options.is_plain:
+        if durable and (not entry.task.options.is_plain or entry.event is not None):
             return
         run = entry.as_run(Claim(entry.id, 1, 1) if durable else None)
         if runner.reserve(run):
@@ -241,6 +245,15 @@ class Outbox:
             "Declare it durable to have it kept.", entry.name, entry.id,
         )  # fmt: skip
         signals.emit(signals.TasksLost(tasks=(entry.name,), lines=("the runner stopped",)))
+
+
+def _of_new_events(connection: Connection, entries: Sequence[Wanted]) -> list[Wanted]:
+    """Leave out what handles an event whose key was published before."""
+    keyed = {entry.event.id: entry.event for entry in entries if entry.event is not None}
+    if not keyed:
+        return list(entries)
+    new = happenings.insert(connection, keyed.values())
+    return [entry for entry in entries if entry.event is None or entry.event.id in new]
 
 
 def _row(entry: Wanted, worker: UUID | None) -> writing.NewTask:
@@ -277,7 +290,8 @@ def autocommits(bind: Engine | Connection) -> bool:
 
 def _explain_missing_table(error: DBAPIError) -> None:
     text = str(error.orig)
-    if "aftercommit_task" in text and ("no such table" in text or "does not exist" in text):
+    is_ours = "aftercommit_task" in text or "aftercommit_event" in text
+    if is_ours and ("no such table" in text or "does not exist" in text):
         raise SchemaError(
             "A task was handed over, and the table aftercommit_task does not exist in this session's database, so its "
             "transaction was rolled back. On SQLite install(app, db) makes the tables when the application starts: run "
