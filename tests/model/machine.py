@@ -367,6 +367,9 @@ class Machine(RuleBasedStateMachine):
             if fails:
                 self.drop(self.workers[number], id)
         self.claim(number if fails else 1 - number, 3)
+        for worker in self.workers:
+            for id in sorted(worker.held.keys() - worker.stepped):
+                self.first(worker, id)
 
     def fall_silent(self, worker: Worker) -> None:
         """Let its last heartbeat be long ago."""

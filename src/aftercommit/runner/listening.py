@@ -156,7 +156,7 @@ class Listener:
                 await engine.dispose()
             delay = _AGAIN_SECONDS[0] if self.is_trusted else min(delay * 2, longest)
             self.is_trusted = False
-            await self._first(self._stopping.wait(), timeout=delay)
+            await self._first(self._stopping.wait(), seconds=delay)
 
     def _labelled(self) -> dict[str, Any]:
         given = dict(self._connect_args)
@@ -183,12 +183,12 @@ class Listener:
             await asyncio.gather(hearing, return_exceptions=True)
 
     async def _first(
-        self, waiting: Coroutine[Any, Any, Any], *others: asyncio.Task[Any], timeout: float | None = None
+        self, waiting: Coroutine[Any, Any, Any], *others: asyncio.Task[Any], seconds: float | None = None
     ) -> None:
         """Wait for one thing or another."""
         task = asyncio.create_task(waiting)
         try:
-            await asyncio.wait({task, *others}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, *others}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -217,7 +217,7 @@ class Listener:
             await other.run_sync(notifying.notify, (), echo=self._echo)
         stopping = asyncio.create_task(self._stopping.wait())
         try:
-            await self._first(self._echoed.wait(), hearing, stopping, timeout=_ECHO_SECONDS)
+            await self._first(self._echoed.wait(), hearing, stopping, seconds=_ECHO_SECONDS)
         finally:
             stopping.cancel()
             await asyncio.gather(stopping, return_exceptions=True)
