@@ -105,7 +105,8 @@ def main() -> int:
     if arguments.serve:
         serve(arguments.serve, drivers[0])
     print(f"seed {arguments.seed}", flush=True)
-    return 0 if all([soak(each, arguments.seconds, random.Random(arguments.seed)) for each in drivers]) else 1
+    right = [soak(each, arguments.seconds, random.Random(arguments.seed)) for each in drivers]
+    return 0 if all(right) else 1
 
 
 if __name__ == "__main__":

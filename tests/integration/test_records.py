@@ -121,12 +121,14 @@ def test_a_full_queue_does_not_slow_the_claim(shop: Workshop):
     if shop.under_test.is_sqlite:
         shop.sql(
             f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {FULL}) "
-            f"INSERT INTO aftercommit_task ({columns}) SELECT printf('%032x', i), 'effect', 'default', 'queued', '{{}}', "
+            f"INSERT INTO aftercommit_task ({columns}) "
+            "SELECT printf('%032x', i), 'effect', 'default', 'queued', '{}', "
             "'2020-01-01 00:00:00.000000', '2020-01-01 00:00:00.000000', 0 FROM n"
         )
     else:
         shop.sql(
-            f"INSERT INTO aftercommit_task ({columns}) SELECT gen_random_uuid(), 'effect', 'default', 'queued', '{{}}', "
+            f"INSERT INTO aftercommit_task ({columns}) "
+            "SELECT gen_random_uuid(), 'effect', 'default', 'queued', '{}', "
             f"'2020-01-01'::timestamptz + i * interval '1 second', now(), 0 FROM generate_series(1, {FULL}) i"
         )
     shop.sql("ANALYZE aftercommit_task")
@@ -172,8 +174,8 @@ def test_two_of_one_key_are_rescued_together(shop: Workshop):
     shop.db.create_tables()
     for number in (1, 2):
         shop.sql(
-            "INSERT INTO aftercommit_task (id, task, pool, state, arguments, run_at, enqueued_at, key, attempt, claims, "
-            f"worker) VALUES ('0190000000007000800000000000000{number}', 'effect', 'default', 'running', '{{}}', "
+            "INSERT INTO aftercommit_task (id, task, pool, state, arguments, run_at, enqueued_at, key, attempt, "
+            f"claims, worker) VALUES ('0190000000007000800000000000000{number}', 'effect', 'default', 'running', '{{}}', "
             "'2020-01-01', '2020-01-01', 'k', 1, 1, '01900000000070008000000000000009')"
         )
 
