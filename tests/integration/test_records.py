@@ -175,8 +175,8 @@ def test_two_of_one_key_are_rescued_together(shop: Workshop):
     for number in (1, 2):
         shop.sql(
             "INSERT INTO aftercommit_task (id, task, pool, state, arguments, run_at, enqueued_at, key, attempt, "
-            f"claims, worker) VALUES ('0190000000007000800000000000000{number}', 'effect', 'default', 'running', '{{}}', "
-            "'2020-01-01', '2020-01-01', 'k', 1, 1, '01900000000070008000000000000009')"
+            f"claims, worker) VALUES ('0190000000007000800000000000000{number}', 'effect', 'default', 'running', "
+            "'{}', '2020-01-01', '2020-01-01', 'k', 1, 1, '01900000000070008000000000000009')"
         )
 
     with shop.db.engine().begin() as connection:
