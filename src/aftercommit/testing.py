@@ -133,6 +133,9 @@ class Tasks:
         """Run ``work(connection)`` in a transaction."""
         return await self._db.async_call_anyhow(work)
 
+    def expect(self, pool: str) -> None:
+        """Nothing: ``run`` looks by itself."""
+
     def leave(self, run: Run) -> None:
         """Forget a run whose end could not be recorded: the test is over anyway."""
 

@@ -330,7 +330,8 @@ def test_unknown_names_wait(shop: Workshop):
         shop.drain()
         unknown = shop.sql(
             "INSERT INTO aftercommit_task (id, task, pool, state, arguments, run_at, enqueued_at) VALUES "
-            "('01900000000070008000000000000001', 'from_tomorrow', 'default', 'queued', '{}', '2020-01-01', '2020-01-01')"
+            "('01900000000070008000000000000001', 'from_tomorrow', 'default', 'queued', '{}', '2020-01-01', "
+            "'2020-01-01')"
         )
         shop.db.runner.expect("default")  # type: ignore[union-attr]
         shop.ask(task, "a")
@@ -361,7 +362,8 @@ def test_a_task_that_moved_to_another_pool_is_found(shop: Workshop):
         for number, pool in enumerate(("other", "no_more")):
             shop.sql(
                 "INSERT INTO aftercommit_task (id, task, pool, state, arguments, run_at, enqueued_at) VALUES "
-                f"('0190000000007000800000000000000{number}', 'effect', '{pool}', 'queued', '{{\"label\": \"{pool}\"}}', "
+                f"('0190000000007000800000000000000{number}', 'effect', '{pool}', 'queued', "
+                f'\'{{"label": "{pool}"}}\', '
                 "'2020-01-01', '2020-01-01')"
             )
         with Heard(signals.TaskSucceeded) as heard:

@@ -132,7 +132,7 @@ def test_a_loop_that_is_closed_under_us_loses_nothing(database: DatabaseUnderTes
             await asyncio.sleep(0)
 
     ready = asyncio.Event()
-    with pytest.raises(asyncio.CancelledError), asyncio.Runner() as runner:
+    with pytest.raises(asyncio.CancelledError), asyncio.Runner() as runner:  # noqa: PT012  # closed on the loop
         try:
             runner.run(main())
         finally:

@@ -203,7 +203,7 @@ class Machine(RuleBasedStateMachine):
     @rule(
         number=WORKERS, born=st.booleans(), key=KEYS, outcome=st.sampled_from(["commit", "commit", "roll back", "lost"])
     )
-    def ask(self, number: int, born: bool, key: str | None, outcome: str) -> None:  # noqa: FBT001  # drawn
+    def ask(self, number: int, born: bool, key: str | None, outcome: str) -> None:  # drawn
         """A request commits, rolls back, or commits and never hears of it."""
         worker = self.workers[number] if born and key is None else None
         id = uuid7()
@@ -312,7 +312,7 @@ class Machine(RuleBasedStateMachine):
         return done
 
     @rule(number=WORKERS, data=st.data(), refund=st.booleans(), fails=st.booleans())
-    def give_up(self, number: int, data: st.DataObject, refund: bool, fails: bool) -> None:  # noqa: FBT001  # drawn
+    def give_up(self, number: int, data: st.DataObject, refund: bool, fails: bool) -> None:  # drawn
         """A run fails: for good, or until later."""
         worker = self.workers[number]
         if not worker.held:
@@ -355,7 +355,7 @@ class Machine(RuleBasedStateMachine):
             self.claim(1 - number, 3)
 
     @rule(number=WORKERS, fails=st.booleans())
-    def start_over(self, number: int, fails: bool) -> None:  # noqa: FBT001  # drawn
+    def start_over(self, number: int, fails: bool) -> None:  # drawn
         """All that a process has fails or is cancelled, and somebody wants it once more; another one takes it."""
         for id, claim in list(self.workers[number].held.items()):
             with self.transaction() as connection:
@@ -367,6 +367,9 @@ class Machine(RuleBasedStateMachine):
             if fails:
                 self.drop(self.workers[number], id)
         self.claim(number if fails else 1 - number, 3)
+        for worker in self.workers:
+            for id in sorted(worker.held.keys() - worker.stepped):
+                self.first(worker, id)
 
     def fall_silent(self, worker: Worker) -> None:
         """Let its last heartbeat be long ago."""

@@ -4,7 +4,7 @@ import asyncio
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
@@ -46,7 +46,7 @@ class Heard:
         self._all: list[Any] = []
         self._changed = threading.Condition()
 
-    def __enter__(self) -> "Heard":
+    def __enter__(self) -> Self:
         signals.subscribe(*self._kinds)(self._note)
         return self
 

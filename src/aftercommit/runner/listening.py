@@ -118,6 +118,7 @@ class Listener:
         self._heard = heard
         self._echo = uuid4().hex
         self._echoed = asyncio.Event()
+        self._hearing = asyncio.Event()
         self._stopping = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
         self.is_trusted = False
@@ -156,7 +157,7 @@ class Listener:
                 await engine.dispose()
             delay = _AGAIN_SECONDS[0] if self.is_trusted else min(delay * 2, longest)
             self.is_trusted = False
-            await self._first(self._stopping.wait(), timeout=delay)
+            await self._first(self._stopping.wait(), seconds=delay)
 
     def _labelled(self) -> dict[str, Any]:
         given = dict(self._connect_args)
@@ -171,8 +172,11 @@ class Listener:
         driver: Any = (await connection.get_raw_connection()).driver_connection
         await connection.exec_driver_sql(f"LISTEN {notifying.CHANNEL}")
         self._echoed.clear()
+        self._hearing.clear()
         hearing = asyncio.create_task(self._by_driver(driver), name="aftercommit:hearing")
         try:
+            # asyncpg drops what comes before it knows whom to tell.
+            await self._first(self._hearing.wait(), hearing)
             await self._try_echo(engine, hearing)
             await self._first(self._stopping.wait(), hearing)
             if hearing.done():
@@ -183,12 +187,12 @@ class Listener:
             await asyncio.gather(hearing, return_exceptions=True)
 
     async def _first(
-        self, waiting: Coroutine[Any, Any, Any], *others: asyncio.Task[Any], timeout: float | None = None
+        self, waiting: Coroutine[Any, Any, Any], *others: asyncio.Task[Any], seconds: float | None = None
     ) -> None:
         """Wait for one thing or another."""
         task = asyncio.create_task(waiting)
         try:
-            await asyncio.wait({task, *others}, timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({task, *others}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
         finally:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
@@ -196,12 +200,14 @@ class Listener:
     async def _by_driver(self, driver: Any) -> None:
         """Hand on what comes, until the connection is lost, which raises."""
         if hasattr(driver, "notifies"):
+            self._hearing.set()
             async for each in driver.notifies():
                 self._take(each.payload)
             raise ConnectionError("the connection was closed")
         lost = asyncio.Event()
         driver.add_termination_listener(lambda _: lost.set())
         await driver.add_listener(notifying.CHANNEL, lambda _c, _p, _ch, payload: self._take(payload))
+        self._hearing.set()
         await lost.wait()
         raise ConnectionError("the connection was closed")
 
@@ -217,7 +223,7 @@ class Listener:
             await other.run_sync(notifying.notify, (), echo=self._echo)
         stopping = asyncio.create_task(self._stopping.wait())
         try:
-            await self._first(self._echoed.wait(), hearing, stopping, timeout=_ECHO_SECONDS)
+            await self._first(self._echoed.wait(), hearing, stopping, seconds=_ECHO_SECONDS)
         finally:
             stopping.cancel()
             await asyncio.gather(stopping, return_exceptions=True)

@@ -55,7 +55,7 @@ class Pace:
     heartbeat: float = 5.0
     silent_after: float = 30.0
     poll: float = 2.0
-    poll_listening: float = 10.0
+    poll_listening: float = 20.0
     keep: float | None = 7 * 24 * 3600.0
     prune_every: float = 60.0
 
@@ -338,9 +338,12 @@ class Rounds:
     def _prune(self) -> None:
         self._next_prune = time.monotonic() + self._pace.prune_every
         keep = self._pace.keep
-        books = self._runner.books
-        books.execute(lambda c: workers.forget_silent(c, silent_after=self._pace.silent_after))
-        if keep is not None and books.execute(lambda c: workers.prune(c, keep=keep)) >= _PRUNED_AT_ONCE:
+
+        def write(connection: Connection) -> int:
+            workers.forget_silent(connection, silent_after=self._pace.silent_after)
+            return 0 if keep is None else workers.prune(connection, keep=keep, count=_PRUNED_AT_ONCE)
+
+        if self._runner.books.execute(write) >= _PRUNED_AT_ONCE:
             # A full piece: there is more.
             self._next_prune = time.monotonic() + 1.0
 

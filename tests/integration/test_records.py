@@ -1,0 +1,233 @@
+"""What the database is asked: cheap when idle, by an index when full, and what is heard of other processes."""
+
+import re
+import threading
+import time
+from collections.abc import Iterator
+from uuid import UUID
+
+import psycopg
+import pytest
+import sqlalchemy as sa
+from sqlalchemy import make_url
+from sqlalchemy.orm import Session
+
+from aftercommit import signals
+from aftercommit.records import moves, workers
+from aftercommit.records.ids import uuid7
+from tests.support.databases import DatabaseUnderTest
+from tests.support.postgres import PostgresServer
+from tests.support.workshop import TIMEOUT, Effect, Heard, Workshop
+
+postgres_drivers = pytest.mark.drivers("psycopg", "asyncpg")
+FULL = 100_000
+
+
+@pytest.fixture
+def shop(database: DatabaseUnderTest) -> Iterator[Workshop]:
+    """A workshop on each driver in turn."""
+    shop = Workshop(database)
+    yield shop
+    shop.close()
+
+
+def effect(session: Session, label: str) -> None:
+    """What most tasks here do."""
+    session.add(Effect(label=label))
+
+
+def wait_until_listening(shop: Workshop) -> None:
+    """Wait until this process is known to hear of others."""
+    deadline = time.monotonic() + TIMEOUT
+    while not shop.db.runner.is_listening:  # type: ignore[union-attr]
+        assert time.monotonic() < deadline
+
+
+# --- other processes ----------------------------------------------------------------------------------------------
+
+
+@postgres_drivers
+def test_a_process_that_only_hands_over_is_heard(database: DatabaseUnderTest):
+    """With ``runs=()`` a task is queued, and a worker elsewhere starts it without waiting for its next look."""
+    worker = Workshop(database)
+    worker.task()(effect)
+    web = Workshop(DatabaseUnderTest(url=database.sync_url, driver="psycopg"))
+    task = web.task()(effect)
+    with worker.running(), web.running(runs=()), Heard(signals.TaskSucceeded) as heard:
+        wait_until_listening(worker)
+        worker.drain()
+        # It has just looked, and would look again only much later.
+        worker.db.runner.rounds._next_poll = time.monotonic() + 1000  # type: ignore[union-attr]
+        begun = time.monotonic()
+        web.ask(task, "a")
+        heard.wait(signals.TaskSucceeded)
+
+    assert worker.effects() == ["a"]
+    assert time.monotonic() - begun < 5
+    web.close()
+    worker.close()
+
+
+@postgres_drivers
+def test_listening_is_taken_up_again(shop: Workshop):
+    """A listener whose connection is terminated connects again; meanwhile nothing is lost, only slower."""
+    task = shop.task()(effect)
+    with shop.running(), Heard(signals.TaskSucceeded) as heard:
+        wait_until_listening(shop)
+        shop.sql(
+            "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'aftercommit:listener'"
+        )
+        deadline = time.monotonic() + TIMEOUT
+        while shop.db.runner.is_listening:  # type: ignore[union-attr]
+            assert time.monotonic() < deadline
+        wait_until_listening(shop)
+        shop.ask(task, "a")
+        heard.wait(signals.TaskSucceeded)
+
+    assert shop.effects() == ["a"]
+
+
+@pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
+def test_an_idle_application_is_quiet(driver: str):
+    """With nothing to do, a process sends less than one statement per second, pings and transactions included."""
+    with PostgresServer({"log_statement": "all"}) as server, server.database() as name:
+        shop = Workshop(DatabaseUnderTest(url=server.url(name, driver=driver), driver=driver))
+        quiet = threading.Event()
+        with shop.running():
+            wait_until_listening(shop)
+            shop.drain()
+            # What the start and the drain asked for is in the log by then.
+            quiet.wait(1.0)
+            before = len(_statements(server))
+            quiet.wait(12.0)
+            sent = _statements(server)[before:]
+        shop.close()
+
+    assert len(sent) < 12, sent
+
+
+def _statements(server: PostgresServer) -> list[str]:
+    return [line for line in server.log.lines if re.search(r"LOG: +(statement|execute)", line)]
+
+
+# --- a full queue -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.drivers("psycopg", "pysqlite")
+def test_a_full_queue_does_not_slow_the_claim(shop: Workshop):
+    """With 100 000 queued tasks a claim reads its index from the front, and takes no longer than one may wait."""
+    shop.db.create_tables()
+    columns = "id, task, pool, state, arguments, run_at, enqueued_at, priority"
+    if shop.under_test.is_sqlite:
+        shop.sql(
+            f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {FULL}) "
+            f"INSERT INTO aftercommit_task ({columns}) "
+            "SELECT printf('%032x', i), 'effect', 'default', 'queued', '{}', "
+            "'2020-01-01 00:00:00.000000', '2020-01-01 00:00:00.000000', 0 FROM n"
+        )
+    else:
+        shop.sql(
+            f"INSERT INTO aftercommit_task ({columns}) "
+            "SELECT gen_random_uuid(), 'effect', 'default', 'queued', '{}', "
+            f"'2020-01-01'::timestamptz + i * interval '1 second', now(), 0 FROM generate_series(1, {FULL}) i"
+        )
+    shop.sql("ANALYZE aftercommit_task")
+
+    with shop.outside.connect() as connection:
+        plan = _plan_of_a_claim(connection)
+        begun = time.monotonic()
+        for _ in range(20):
+            assert len(moves.claim(connection, pool="default", names=["effect"], worker=uuid7(), count=10)) == 10
+        took = (time.monotonic() - begun) / 20
+
+    assert "aftercommit_task_due" in plan
+    assert "Seq Scan on aftercommit_task" not in plan
+    assert "USE TEMP B-TREE" not in plan
+    assert "Sort" not in plan
+    assert took < 0.1
+
+
+def _plan_of_a_claim(connection: sa.Connection) -> str:
+    is_sqlite = connection.dialect.name == "sqlite"
+    seen: list[tuple[str, object]] = []
+
+    @sa.event.listens_for(connection, "before_cursor_execute")
+    def note(_connection: object, _cursor: object, statement: str, parameters: object, *_: object) -> None:
+        seen.append((statement, parameters))
+
+    moves.claim(connection, pool="default", names=["effect"], worker=uuid7(), count=10)
+    sa.event.remove(connection, "before_cursor_execute", note)
+    statement, parameters = seen[0]
+    rows = connection.exec_driver_sql(
+        ("EXPLAIN QUERY PLAN " if is_sqlite else "EXPLAIN ") + statement,
+        parameters,  # type: ignore[arg-type]
+    )
+    return "\n".join(str(row[-1]) for row in rows)
+
+
+# --- moves --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.drivers("psycopg", "pysqlite")
+def test_two_of_one_key_are_rescued_together(shop: Workshop):
+    """Tasks of one key that both ran when their worker died are both queued again, and one of them has the key."""
+    shop.db.create_tables()
+    for number in (1, 2):
+        shop.sql(
+            "INSERT INTO aftercommit_task (id, task, pool, state, arguments, run_at, enqueued_at, key, attempt, "
+            f"claims, worker) VALUES ('0190000000007000800000000000000{number}', 'effect', 'default', 'running', "
+            "'{}', '2020-01-01', '2020-01-01', 'k', 1, 1, '01900000000070008000000000000009')"
+        )
+
+    with shop.db.engine().begin() as connection:
+        rescued = workers.rescue(connection, silent_after=30.0)
+
+    assert len(rescued) == 2
+    assert sorted(str(record.queued_key) for record in shop.records()) == ["None", "k"]
+
+
+@pytest.mark.drivers("psycopg", "pysqlite")
+def test_finished_records_are_pruned_in_pieces(shop: Workshop):
+    """What finished long ago goes, as many as were asked for; what is unfinished or young stays."""
+    shop.db.create_tables()
+    for number, (state, finished) in enumerate(
+        [("succeeded", "'2020-01-01'"), ("failed", "'2020-01-02'"), ("succeeded", "'2999-01-01'"), ("queued", "NULL")]
+    ):
+        shop.sql(
+            "INSERT INTO aftercommit_task (id, task, pool, state, arguments, run_at, enqueued_at, finished_at) VALUES "
+            f"('0190000000007000800000000000000{number}', 'effect', 'default', '{state}', '{{}}', '2020-01-01', "
+            f"'2020-01-01', {finished})"
+        )
+
+    with shop.db.engine().begin() as connection:
+        pruned = [workers.prune(connection, keep=60.0, count=1) for _ in range(3)]
+
+    assert pruned == [1, 1, 0]
+    assert [record.id for record in shop.records()] == [
+        UUID(int=(0x0190000000007000800000000000000 << 4) + n) for n in (2, 3)
+    ]
+
+
+@pytest.mark.drivers("psycopg")
+def test_a_locked_record_does_not_hold_up_the_bookkeeping(shop: Workshop):
+    """A record that a COMMIT in doubt still holds is asked for without waiting, and is no orphan for now."""
+    shop.db.create_tables()
+    worker, id = uuid7(), uuid7()
+    shop.sql(
+        "INSERT INTO aftercommit_task (id, task, pool, state, arguments, run_at, enqueued_at, attempt, claims, worker) "
+        "VALUES (:id, 'effect', 'default', 'running', '{}', now(), now(), 1, 1, :worker)",
+        id=id, worker=worker,
+    )  # fmt: skip
+    url = make_url(shop.under_test.url).set(drivername="postgresql").render_as_string(hide_password=False)
+    with psycopg.connect(url) as doubtful:
+        doubtful.execute("UPDATE aftercommit_task SET state = 'succeeded'")
+
+        with shop.db.engine().begin() as connection:
+            released = workers.release_orphans(connection, worker, [id])
+        with (
+            pytest.raises(sa.exc.OperationalError, match="could not obtain lock"),
+            shop.db.engine().begin() as connection,
+        ):
+            moves.standing(connection, moves.Claim(id, 1, 1))
+
+    assert released == []
