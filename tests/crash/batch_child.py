@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 import threading
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import sqlalchemy as sa
@@ -41,12 +42,21 @@ def stand_still() -> NoReturn:
     raise AssertionError
 
 
-def make(url: str, *, is_async: bool, workers: int, point: str = "") -> Database:
+def make(
+    url: str,
+    *,
+    is_async: bool,
+    workers: int,
+    point: str = "",
+    before: Callable[[Session, Record], None] | None = None,
+) -> Database:
     """The application: one task, which is one batch."""
     db = Database(url, heartbeat=HEARTBEAT, silent_after=SILENT_AFTER)
 
     def handle(session: Session, record: Record) -> None:
         record.n += 1
+        if before is not None:
+            before(session, record)
         if point == f"handler:{record.id}":
             session.flush()
             stand_still()

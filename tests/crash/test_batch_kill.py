@@ -1,5 +1,6 @@
 """A batch in a process that is killed (SIGKILL), again and again, anywhere: nothing twice, nothing left out."""
 
+import asyncio
 import os
 import signal
 import sys
@@ -8,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
 from aftercommit import TaskRecord
-from tests.crash.batch_child import BAD, COUNT, Base, Record, make
+from tests.crash.batch_child import BAD, COUNT, Base, Record, async_main, make
+from tests.crash.proxy import ARM, Proxy
 from tests.support.databases import DatabaseUnderTest
 from tests.support.processes import Log, spawn
 
@@ -76,8 +79,49 @@ def test_killed_anywhere_a_batch_goes_on_from_its_last_commit(
     finally:
         last.kill()
 
+    assert_exact(engine)
+
+
+def assert_exact(engine: sa.Engine) -> None:
+    """Every good record once, every bad one marked once, and the task says so."""
     with Session(engine) as session:
         record = session.scalars(sa.select(TaskRecord)).one()
         assert (record.state, record.result) == ("succeeded", COUNT), record.traceback
         rows = {row.id: (row.n, row.marks) for row in session.scalars(sa.select(Record))}
     assert rows == {number: (0, 1) if number in BAD else (1, 0) for number in range(1, COUNT + 1)}
+
+
+@pytest.mark.drivers("psycopg", "asyncpg")
+def test_a_chunks_commit_loses_its_answer(database: DatabaseUnderTest, engine: sa.Engine) -> None:
+    """A chunk whose COMMIT is in doubt is looked up by its position: it was done, and nothing of it is run again."""
+    url = make_url(database.url)
+    assert url.port is not None
+    proxy = Proxy(url.port)
+    through = url.set(port=proxy.port).render_as_string(hide_password=False)
+    is_async = database.driver == "asyncpg"
+    armed: list[int] = []
+
+    def arm(session: Session, record: Record) -> None:
+        if record.id == 10 and not armed:
+            armed.append(record.id)
+            session.execute(sa.text(f"SELECT '{ARM.decode()}'"))
+
+    db = make(through, is_async=is_async, workers=1, before=arm)
+    try:
+        if is_async:
+            asyncio.run(async_main(db))
+        else:
+            with db.running():
+                db.drain(60.0)
+    finally:
+        if is_async:
+            asyncio.run(db.async_dispose())
+        else:
+            db.dispose()
+        proxy.close()
+
+    assert proxy.swallowed.acquire(blocking=False)
+    assert_exact(engine)
+    with Session(engine) as session:
+        record = session.scalars(sa.select(TaskRecord)).one()
+        assert (record.attempt, record.claims) == (1, 1)

@@ -21,6 +21,8 @@ from aftercommit.sessions import Owner, user_line
 from aftercommit.tasks import CurrentRun, current_run
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from sqlalchemy import Connection
     from sqlalchemy.orm import Session
 
@@ -35,6 +37,7 @@ __all__ = ["Batch", "Home", "Options", "async_run_batch", "run_batch"]
 DEFAULT: Final = "default"
 _MAX_SIZE: Final = 10_000
 _MAX_WORKERS: Final = 64
+_PROGRESS_SECONDS: Final = 0.5
 
 
 class Home(Protocol):
@@ -143,6 +146,8 @@ class Batch:
         self._error: BaseException | None = None
         self._is_exhausted = False
         self._teller: Teller | None = None
+        self._main: _Lane | None = None
+        self._next_progress = 0.0
         self._source: Source | None = None
 
     # --- before -----------------------------------------------------------------------------------------------
@@ -192,7 +197,8 @@ class Batch:
             self._read_stored_keys()
             with self._telling() as self._teller:
                 self._tell()
-                self._work(self._free.pop(0))
+                self._main = self._free.pop(0)
+                self._work(self._main)
             if not self._is_finished_before:
                 self._finish()
         finally:
@@ -235,14 +241,13 @@ class Batch:
     def _finish(self) -> None:
         run = self._run
         if run is not None and run.claim is not None:
-            record, current = run.id, run.current
+            record = run.id
 
             def note(connection: Connection) -> None:
                 positions.finish(connection, record, self._name)
-                progress = current.take_progress()
-                if progress is not None:
-                    # The last word, which the runner, who writes now and then, would come too late for.
-                    moves.set_progress(connection, record, *progress)
+                if self._teller is not None and self._teller.is_on_record:
+                    done = self._settled
+                    moves.set_progress(connection, record, done, done)
 
             self._fenced(note)
 
@@ -451,11 +456,16 @@ class Batch:
             commits=lane.commits + 1,
         ):
             raise run.lost()
-        if connection.dialect.name == "sqlite":
-            progress = run.current.take_progress()
-            if progress is not None:
-                # Nobody else could write it now without waiting for us.
-                moves.set_progress(connection, run.id, *progress)
+        self._save_progress(lane, connection, run.id, len(settled.failures) + settled.succeeded)
+
+    def _save_progress(self, lane: _Lane, connection: Connection, record: UUID, more: int) -> None:
+        """Say on the record how far the batch is: now and then, and one lane only, so that it meets nobody."""
+        now = time.monotonic()
+        if self._teller is None or not self._teller.is_on_record or lane is not self._main or now < self._next_progress:
+            return
+        self._next_progress = now + _PROGRESS_SECONDS
+        done = self._settled + more
+        moves.set_progress(connection, record, done, None if self._total is None else max(self._total, done))
 
     def _was_committed(self, lane: _Lane) -> bool | None:
         run = self._run

@@ -3,7 +3,8 @@
 The ladder, each step in a transaction of its own that takes the place of the one before:
 
 1. *plain*: every record, one flush, one commit. What nearly every chunk needs.
-2. *in savepoints*, after a record failed: each record in one, so that a bad one costs nothing to the others.
+2. *in savepoints*, after a record failed, so that a bad one costs nothing to the others: it is alone in its savepoint;
+   those before and behind it share one, and are cut apart in their turn if that fails.
 3. *alone*, after a COMMIT failed for good (a deferred constraint): nobody can say at a COMMIT which record it was, so
    each becomes a chunk of its own. One whose commit fails by itself is failed then.
 """
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import random
 import time
+from collections import deque
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from enum import Enum
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import inspect
@@ -224,11 +227,27 @@ def _singles(chunk: Chunk, handling: Handling) -> list[Chunk]:
         is_last = number == len(items) - 1
         # Rows may have come since places were given: the last place is left to the last row.
         stop = whole.stop if is_last or whole.stop is None else min(place + 1, whole.stop - 1)
-        last = whole.last if is_last else item.place_key
+        last = whole.last if is_last else _place_key(item, handling.source)
         values = None if chunk.values is None else (chunk.values[number],)
         singles.append(type(chunk)(Stretch(place, stop, after, last), values))
         place, after = place if stop is None else stop, last
     return singles
+
+
+def _place_key(item: Item, source: Source) -> Any:
+    """The key of a row as a stretch has it; None for values."""
+    if source.codec is None:
+        return None
+    return source.codec.write(item.key if isinstance(item.key, tuple) else (item.key,))
+
+
+def _split(start: int, stop: int, culprit: int | None) -> list[tuple[int, int]]:
+    """Cut a part that failed: around the record at which it did, in halves where that is not known. Pure."""
+    if culprit is None:
+        middle = (start + stop) // 2
+        return [(start, middle), (middle, stop)]
+    parts = [(start, culprit), (culprit, culprit + 1), (culprit + 1, stop)]
+    return [part for part in parts if part[0] < part[1]]
 
 
 class _Chunk:
@@ -249,6 +268,7 @@ class _Chunk:
         self._tries = _Tries()
         self._suspects: set[int] = set()
         self._passes = 0
+        self._culprit: int | None = None
         self._settled: Settled | None = None
         """What its COMMIT settles, once that is being sent; None before."""
 
@@ -339,35 +359,64 @@ class _Chunk:
         for item in items:
             if item.missing is not None:
                 raise item.missing
-        call, handler = self._handling.flavour.call, self._handling.handler
         if self._handling.per_chunk:
             if items:
-                call(handler, opened, [item.value for item in items])
+                self._handling.flavour.call(self._handling.handler, opened, [item.value for item in items])
         else:
-            for item in items:
-                call(handler, opened, item.value)
+            self._each(opened, items, 0, len(items))
         opened.plain.flush()
         return []
+
+    def _each(self, opened: Opened, items: list[Item], start: int, stop: int) -> None:
+        """Handle records one after the other, and remember at which one that ended."""
+        call, handler = self._handling.flavour.call, self._handling.handler
+        self._culprit = None
+        for number in range(start, stop):
+            self._culprit = number
+            call(handler, opened, items[number].value)
+        # From here on it is the flush, and nobody knows whose.
+        self._culprit = None
 
     # --- record by record -------------------------------------------------------------------------------------
 
     def _in_savepoints(self, opened: Opened, items: list[Item]) -> list[tuple[Any, BaseException]]:
         failures: list[tuple[Any, BaseException]] = []
         suspects: set[int] = set()
-        for number, item in enumerate(items):
-            # Only this record's: what the database answered to one before it was judged with that one.
+        # Most records of a chunk are good even where one is not: these go together, as long as they do.
+        parts = deque(self._parts(items))
+        while parts:
+            start, stop = parts.popleft()
+            # Only what belongs to these: what the database answered before was judged then.
             self._seen.forget()
+            if stop - start > 1:
+                failed = self._guarded(opened, partial(self._each, opened, items, start, stop))
+                parts.extendleft(reversed(_split(start, stop, self._culprit) if failed is not None else []))
+                continue
+            item = items[start]
             error = self._verdict or item.missing or self._one(opened, item)
             if error is None:
                 continue
-            if self._may_be_a_race(opened.plain, error) and number not in self._suspects:
-                suspects.add(number)
+            if self._may_be_a_race(opened.plain, error) and start not in self._suspects:
+                suspects.add(start)
                 continue
             self._mark(opened, item, error)
             failures.append((item.key, error))
         if suspects:
             raise _Suspects(suspects)
         return failures
+
+    def _parts(self, items: list[Item]) -> list[tuple[int, int]]:
+        """How to begin: with what is known to be bad alone, and everything alone for a handler of whole chunks."""
+        if self._handling.per_chunk or self._verdict is not None:
+            return [(number, number + 1) for number in range(len(items))]
+        bad = {number for number, item in enumerate(items) if item.missing is not None} | self._suspects
+        if self._culprit is not None and self._culprit < len(items):
+            bad.add(self._culprit)
+        parts, start = [], 0
+        for number in sorted(bad):
+            parts += [(start, number), (number, number + 1)]
+            start = number + 1
+        return [part for part in (*parts, (start, len(items))) if part[0] < part[1]]
 
     def _may_be_a_race(self, session: Session, error: BaseException) -> bool:
         # On SQLite nobody else writes meanwhile.

@@ -22,9 +22,11 @@ class Teller:
 
     Attributes:
         wants_total: Whether it is worth asking the database how many records there are.
+        is_on_record: Whether the batch itself says it on the record, with the commits of its chunks.
     """
 
     wants_total = False
+    is_on_record = False
 
     def __enter__(self) -> Self:
         """Begin."""
@@ -50,6 +52,12 @@ class _Caller(Teller):
             if done > self._last:
                 self._last = done
                 self._function(done, total)
+
+
+class _Record(Teller):
+    # Not by `run.progress`: what the runner has taken it would write later, perhaps over what is newer.
+    wants_total = True
+    is_on_record = True
 
 
 class _Bar(Teller):
@@ -98,7 +106,7 @@ def teller(wanted: bool | Callable[[int, int | None], Any] | None, run: CurrentR
     if callable(wanted):
         return _Caller(wanted)
     if run is not None:
-        return _Caller(run.progress)
+        return _Record()
     has_rich = importlib.util.find_spec("rich") is not None
     if wanted and not has_rich:
         raise ConfigurationError("progress=True shows a bar, which needs rich: pip install rich.")

@@ -32,13 +32,11 @@ class Item:
         key: What a report calls it.
         value: What the handler is given.
         missing: Why there is nothing to give, or None.
-        place_key: Its key as a stretch has it; None for values.
     """
 
     key: Any
     value: Any
     missing: Exception | None = None
-    place_key: Any = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,11 +180,7 @@ class _Rows:
         for condition in self._between(self._columns, chunk.stretch.after, chunk.stretch.last):
             statement = statement.where(condition)
         rows = session.scalars(statement).unique().all()
-        return [self._item(row) for row in rows]
-
-    def _item(self, row: Any) -> Item:
-        identity = inspect(row).identity
-        return Item(_shown(identity), row, place_key=self._write(identity))
+        return [Item(_shown(inspect(row).identity), row) for row in rows]
 
     def count(self, read: Callable[[Callable[[Session], Any]], Any]) -> int | None:
         """How many rows are left."""
