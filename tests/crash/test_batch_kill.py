@@ -107,20 +107,25 @@ def test_a_chunks_commit_loses_its_answer(database: DatabaseUnderTest, engine: s
             session.execute(sa.text(f"SELECT '{ARM.decode()}'"))
 
     db = make(through, is_async=is_async, workers=1, before=arm)
+
+    async def serve() -> None:
+        try:
+            await async_main(db)
+        finally:
+            await db.async_dispose()
+
     try:
         if is_async:
-            asyncio.run(async_main(db))
+            asyncio.run(serve())
         else:
             with db.running():
                 db.drain(60.0)
     finally:
-        if is_async:
-            asyncio.run(db.async_dispose())
-        else:
+        if not is_async:
             db.dispose()
         proxy.close()
 
-    assert proxy.swallowed.acquire(blocking=False)
+    assert proxy.swallowed.acquire(timeout=30)
     assert_exact(engine)
     with Session(engine) as session:
         record = session.scalars(sa.select(TaskRecord)).one()
