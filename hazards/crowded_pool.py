@@ -1,7 +1,7 @@
 """Twenty requests at once on a pool of five, each adding a task that opens a session of its own."""
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import BackgroundTasks, Depends, FastAPI
 from sqlalchemy import Engine
@@ -14,7 +14,11 @@ from hazards.models import File, create_tables
 from tests.support.servers import serve
 
 REQUESTS = 20
-POOL = {"pool_size": 5, "max_overflow": 0, "pool_timeout": 2.0}  # 30 seconds by default: the same, later
+POOL: dict[str, Any] = {
+    "pool_size": 5,
+    "max_overflow": 0,
+    "pool_timeout": 2.0,
+}  # 30 seconds by default: the same, later
 
 
 def app_today(engine: Engine) -> FastAPI:

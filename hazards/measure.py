@@ -108,10 +108,10 @@ def ask(url: str, question: str, **values: Any) -> Any:
 
 def idle_in_transaction(url: str) -> int:
     """Return how many connections of this database sit in a transaction that nobody works on or ends."""
-    return ask(
-        url,
-        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'",
+    question = (
+        "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND state = 'idle in transaction'"
     )
+    return int(ask(url, question))
 
 
 @contextmanager
@@ -119,7 +119,7 @@ def log_kept() -> Iterator[list[logging.LogRecord]]:
     """Keep what is logged as an error, by anybody, off the terminal: it is part of what is measured."""
     records: list[logging.LogRecord] = []
     handler = logging.Handler(logging.ERROR)
-    handler.emit = records.append  # type: ignore[method-assign] # a handler that is a list
+    handler.emit = records.append  # type: ignore[assignment] # a handler that is a list
     root = logging.getLogger()
     root.addHandler(handler)
     try:

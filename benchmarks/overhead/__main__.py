@@ -149,12 +149,12 @@ def run(target: DatabaseUnderTest, side: str, requests: int, width: int, *, warm
 def cpu_seconds(pid: int) -> float:
     """Return the CPU time that a process has used so far."""
     times = psutil.Process(pid).cpu_times()
-    return times.user + times.system
+    return float(times.user + times.system)
 
 
 def wait(onlooker: Engine, number: int) -> None:
     """Wait until the database says that *number* jobs are done."""
-    pause = Event()
+    pause, done = Event(), 0
     for _ in range(30_000):
         with onlooker.connect() as connection:
             done = connection.scalar(text("SELECT count(*) FROM job WHERE is_done"))

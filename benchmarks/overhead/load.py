@@ -15,12 +15,13 @@ def send(url: str, *, times: int, width: int) -> None:
 
 async def _send(url: str, times: int, width: int) -> None:
     parts = urlsplit(url)
+    host, port = parts.hostname or "", parts.port or 80
     request = f"POST {parts.path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Length: 0\r\n\r\n".encode()
     numbers = iter(range(times))
     loop = asyncio.get_running_loop()
 
     async def one_connection() -> None:
-        transport, connection = await loop.create_connection(_Connection, parts.hostname, parts.port)
+        transport, connection = await loop.create_connection(_Connection, host, port)
         try:
             for _ in numbers:
                 await connection.ask(request)
@@ -57,7 +58,7 @@ class _Connection(asyncio.Protocol):
         else:
             self._answer.set_exception(RuntimeError(f"The server answered {head!r} {body!r}."))
 
-    def connection_lost(self, error: Exception | None) -> None:
+    def connection_lost(self, exc: Exception | None) -> None:
         if not self._answer.done():
             self._answer.set_exception(RuntimeError("The server closed the connection before it answered."))
 

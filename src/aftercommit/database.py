@@ -38,10 +38,9 @@ from aftercommit.pools.urls import flavours, identity, is_sqlite, render
 from aftercommit.records import moves, pausing, schema
 from aftercommit.records.ids import uuid7
 from aftercommit.runner import Outbox, Pace, Runner, TaskHandle, Wanted
-from aftercommit.runner.outbox import autocommits
 from aftercommit.runner.run import note_fault, stop_at_statement
 from aftercommit.runner.running import Running
-from aftercommit.sessions import Owner, SessionFactory, sync_session_of, user_line, wait_for_commit, watch
+from aftercommit.sessions import Owner, SessionFactory, autocommits, sync_session_of, user_line, wait_for_commit, watch
 from aftercommit.tasks import Retry, Task, TaskSettings, current_run
 from aftercommit.tasks import context as carried
 from aftercommit.tasks.definition import define, task_name

@@ -68,6 +68,8 @@ logger = logging.getLogger(__name__)
 P = ParamSpec("P")
 
 _OLDEST: Final = (0, 121)
+_LOSES_SCOPES: Final = "0.121.0"
+"""Forgets the scope of what stands in ``dependencies=[…]``; 0.121.1 does not."""
 _VERSION: Final = re.compile(r"(\d+)\.(\d+)")
 _KEY: Final = "aftercommit.sessions"
 _PLACE: Final = "aftercommit.place"
@@ -136,6 +138,8 @@ def install(
     @asynccontextmanager
     async def lifespan(target: Any) -> AsyncIterator[Any]:
         for where, route in _routes(app.routes):
+            if fastapi.__version__ == _LOSES_SCOPES:
+                _restore_scopes(route)
             _check(where, route.dependant)
         try:
             # The tables first, because the application's own start-up may hand over tasks; the runner last, because
@@ -226,6 +230,16 @@ def _routes(routes: Sequence[Any], prefix: str = "") -> Iterator[tuple[str, Any]
         yield from _routes(getattr(route, "routes", None) or [], path)
 
 
+def _restore_scopes(route: Any) -> None:
+    """Give what stands in ``dependencies=[Depends(…, scope=…)]`` the scope that FastAPI 0.121.0 loses."""
+    # They come first among the route's dependants, in this order.
+    for given, dependant in zip(route.dependencies, route.dependant.dependencies, strict=False):
+        if given.scope is not None and dependant.call is given.dependency:
+            dependant.scope = given.scope
+            for cached in ("computed_scope", "cache_key"):
+                dependant.__dict__.pop(cached, None)
+
+
 def _check(where: str, dependant: Dependant) -> None:
     every = _all_dependants(dependant)
     for each in every:
@@ -237,10 +251,17 @@ def _check(where: str, dependant: Dependant) -> None:
             raise ConfigurationError(
                 f"{where} depends on aftercommit's session without scope='function': it would commit after the "
                 "response has been sent, so a failing commit would reach the client as a success. Write SessionDep or "
-                "AsyncSessionDep, or Depends(get_session, scope='function')."
+                f"AsyncSessionDep, or Depends(get_session, scope='function').{_loss()}"
             )
         if each.call in _bound:
             _check_bound(where, each.dependencies[0], every)
+
+
+def _loss() -> str:
+    # Restored at start-up only: what is added later, or without a start-up, has been entered by the time we see it.
+    if fastapi.__version__ != _LOSES_SCOPES:
+        return ""
+    return " If that stands in dependencies=[…] already, FastAPI 0.121.0 lost it: pip install 'fastapi>=0.121.1'."
 
 
 def _check_bound(where: str, session: Dependant, every: list[Dependant]) -> None:

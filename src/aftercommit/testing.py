@@ -83,6 +83,7 @@ class Tasks:
     @property
     def pending(self) -> tuple[PendingTask, ...]:
         """What was committed and has not run, oldest first."""
+        self._db.outbox.settle()
         return tuple(self._pending)
 
     def run(self) -> int:
@@ -95,7 +96,7 @@ class Tasks:
                 stays pending.
         """
         count = 0
-        while self._pending:
+        while self.pending:
             count += self._run(self._pending[0])
         return count
 
@@ -105,7 +106,7 @@ class Tasks:
         Sync tasks run on a thread. Otherwise as ``run``.
         """
         count = 0
-        while self._pending:
+        while self.pending:
             count += await self._async_run(self._pending[0])
         return count
 

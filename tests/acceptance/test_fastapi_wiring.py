@@ -9,14 +9,14 @@ from typing import Annotated, Any
 import fastapi
 import httpx
 import pytest
-from fastapi import APIRouter, Depends, FastAPI, Request, WebSocket
+from fastapi import APIRouter, BackgroundTasks, Depends, FastAPI, Request, WebSocket
 from fastapi.exceptions import DependencyScopeError
 from sqlalchemy import NullPool, create_engine, select
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, sessionmaker
 from websockets.sync.client import connect
 
-from aftercommit import Database
+from aftercommit import Database, TaskRecord
 from aftercommit.errors import ConfigurationError
 from aftercommit.fastapi import (
     AfterCommit,
@@ -164,6 +164,48 @@ def test_routers_and_their_dependencies_share_the_session(db: Database):
     assert answer.json() == "ok"
     assert len(set(seen)) == 1
     assert sorted(notes(db)) == ["endpoint", "router"]
+
+
+def test_a_session_among_the_dependencies_of_a_route_commits_before_the_response(db: Database):
+    """Where the session stands in dependencies=[…] only, the scope that is written there holds."""
+    app = FastAPI()
+    install(app, db)
+    seen: list[int] = []
+
+    def look() -> None:
+        with db.session() as session:
+            seen.append(len(session.scalars(select(TaskRecord.id)).all()))
+
+    @app.post("/", dependencies=[Depends(get_session, scope="function")])
+    def endpoint(after_commit: AfterCommitDep, background: BackgroundTasks) -> None:
+        # It runs after the response, and before the dependencies of the longer scope are left.
+        background.add_task(look)
+        after_commit(note_of(db), "a")
+
+    with serve(app) as url:
+        response = httpx.post(url)
+        db.drain()
+
+    assert response.status_code == 200
+    assert seen == [1]
+
+
+def test_a_lost_scope_is_told_from_a_mistake(db: Database, caplog: pytest.LogCaptureFixture):
+    """FastAPI 0.121.0 loses the scope in dependencies=[…]: where no start-up restored it, the message says so."""
+    app = FastAPI(dependencies=[Depends(get_session, scope="function")])
+    install(app, db)
+
+    @app.get("/")
+    def endpoint() -> None: ...
+
+    with serve(app, lifespan="off") as url:
+        response = httpx.get(url)
+
+    if fastapi.__version__ == "0.121.0":
+        assert response.status_code == 500
+        assert "FastAPI 0.121.0 lost it: pip install 'fastapi>=0.121.1'" in caplog.text
+    else:
+        assert response.status_code == 200
 
 
 def test_handing_over_before_the_session_is_open_is_refused(db: Database, caplog: pytest.LogCaptureFixture):

@@ -29,7 +29,7 @@ BASES = {errors.AfterCommitError, errors.RunError}
 # Of CurrentRun, for the library's own use.
 INTERNAL = {"batches", "behind", "forget", "saw_conflict", "saw_unique", "stopped_by", "take_checkpoint", "take_progress"}
 # What a block may be written in. Python's own is "python", so that it runs.
-LANGUAGES = {"python", "shell", "console", "text", "sql"}
+LANGUAGES = {"python", "shell", "console", "text", "sql", "toml", "yaml"}
 
 READ = [Page.read(path) for path in PAGES]
 PUBLIC = [page for page in READ if page.path.name != "CONTRIBUTING.md"]

@@ -99,6 +99,11 @@ class Bookkeeper:
             return self.execute(work)
         return self.submit(work).result()
 
+    @property
+    def is_asyncpg(self) -> bool:
+        """Whether it has a small event loop of its own, for a driver that knows no sync calls."""
+        return self._pools.is_async_only and not self._pools.is_sqlite
+
     async def async_call(self, work: Callable[[Connection], T]) -> T:
         """The same, from an event loop."""
         return await asyncio.wrap_future(self.submit(work))

@@ -142,11 +142,12 @@ class Listener:
     async def _listen(self) -> None:
         delay, longest = _AGAIN_SECONDS
         while not self._stopping.is_set():
-            engine = create_async_engine(
-                self._url, poolclass=NullPool, isolation_level="AUTOCOMMIT", connect_args=self._labelled()
-            )
+            engine = create_async_engine(self._url, poolclass=NullPool, connect_args=self._labelled())
             try:
                 async with engine.connect() as connection:
+                    # Not the engine: SQLAlchemy's first questions stay in a transaction, or they would fail on asyncpg
+                    # behind a pooler, and SQLAlchemy 2.0 then leaves the connection open.
+                    await connection.execution_options(isolation_level="AUTOCOMMIT")
                     await self._hear(connection, engine)
             except Exception as exc:  # noqa: BLE001  # whatever it was, polling goes on, and so does this
                 logger.log(
@@ -219,7 +220,7 @@ class Listener:
 
     async def _try_echo(self, engine: AsyncEngine, hearing: asyncio.Task[None]) -> None:
         """Speak to ourselves, by another connection; without an answer nothing is believed."""
-        async with engine.connect() as other:
+        async with engine.begin() as other:
             await other.run_sync(notifying.notify, (), echo=self._echo)
         stopping = asyncio.create_task(self._stopping.wait())
         try:

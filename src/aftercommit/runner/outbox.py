@@ -6,7 +6,7 @@ import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError
 
 from aftercommit import signals
@@ -14,7 +14,7 @@ from aftercommit.errors import ConfigurationError, SchemaError, TasksNotCommitte
 from aftercommit.records import happenings, writing
 from aftercommit.records.moves import Claim
 from aftercommit.runner.run import Run
-from aftercommit.sessions.waiting import simulates_commits
+from aftercommit.sessions.waiting import autocommits, simulates_commits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -119,6 +119,7 @@ class Outbox:
         self.lost_tasks: list[TasksNotCommitted] = []
         self.started = started
         """Takes over what was committed, instead of the runner (tests)."""
+        self._unsettled: list[Callable[[], bool]] = []
         self.replaced_by: Stand | None = None
         """Runs what was taken over (tests)."""
 
@@ -132,11 +133,10 @@ class Outbox:
             for entry in entries:
                 self._reserve(runner, entry)
         if durable:
-            if _autocommits(connection):
+            if autocommits(connection) and not simulates_commits(connection):
                 raise ConfigurationError(
                     "This session's connection is in AUTOCOMMIT: there is no transaction whose commit a task could "
-                    "wait "
-                    "for. Hand over with a session that has one."
+                    "wait for. Hand over with a session that has one."
                 )
             worker = None if runner is None else runner.id
             try:
@@ -166,9 +166,8 @@ class Outbox:
 
     def unsettled(self, entries: Sequence[Wanted], connection: Connection) -> None:
         """Somebody commits past the session: look for the end of that transaction."""
-        runner = self.runner
         transaction = connection.get_transaction()
-        if runner is None or transaction is None:
+        if transaction is None:
             return
         failed: list[object] = []
 
@@ -189,7 +188,15 @@ class Outbox:
                 self.committed(entries)
             return True
 
-        runner.settle(settle)
+        if self.runner is not None:
+            self.runner.settle(settle)
+        else:
+            self.settle()
+            self._unsettled.append(settle)
+
+    def settle(self) -> None:
+        """Where no runner looks for the ends of such transactions: look now."""
+        self._unsettled = [check for check in self._unsettled if not check()]
 
     def dropped(self, entries: Sequence[Wanted]) -> None:
         """Give back the places that were reserved: the transaction was rolled back."""
@@ -272,20 +279,6 @@ def _row(entry: Wanted, worker: UUID | None) -> writing.NewTask:
         parent=entry.parent,
         context=entry.context,
     )
-
-
-def _autocommits(connection: Connection) -> bool:
-    level = connection.get_execution_options().get("isolation_level")
-    if level is None:
-        level = getattr(connection.dialect, "_on_connect_isolation_level", None)
-    return level == "AUTOCOMMIT" and not simulates_commits(connection)
-
-
-def autocommits(bind: Engine | Connection) -> bool:
-    """Whether a bind is known to be in autocommit, before anything is connected."""
-    options = bind.get_execution_options()
-    level = options.get("isolation_level") or getattr(bind.dialect, "_on_connect_isolation_level", None)
-    return level == "AUTOCOMMIT"
 
 
 def _explain_missing_table(error: DBAPIError) -> None:

@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _SETTLE_SECONDS: Final = 0.002
 _PROGRESS_SECONDS: Final = 0.3
+_POLL_IN_TRANSACTIONS: Final = 10.0
 _PULSE_SECONDS: Final = 1.0
 OVERRUN_SECONDS: Final = 1.0
 """For which a ``def`` task that has been told that its time is over may go on, before its place is given to others."""
@@ -252,6 +253,9 @@ class Rounds:
         names = runner.names()
         due = runner.books.execute(lambda c: moves.next_due(c, names=names), autocommit=True)
         following = self._pace.poll_listening if runner.is_listening else self._pace.poll
+        if runner.books.is_asyncpg and not runner.is_listening:
+            # There a look is a transaction, three statements, and idle workers must cost next to nothing.
+            following = max(following, _POLL_IN_TRANSACTIONS)
         if all(seconds is None or seconds > 0 for seconds in due.values()):
             self._fruitless = 0
         for name, lane in runner.lanes.items():

@@ -8,6 +8,7 @@ import threading
 from typing import TYPE_CHECKING, Protocol
 
 from aftercommit.errors import ConfigurationError
+from aftercommit.pools.pools import REQUEST
 from aftercommit.pools.watchman import Watchman
 from aftercommit.runner.listening import Herald
 
@@ -122,7 +123,7 @@ class Running:
         self._thread = threading.Thread(target=self._loop.run_forever, name="aftercommit-loop", daemon=True)
         self._thread.start()
         try:
-            asyncio.run_coroutine_threadsafe(self.__aenter__(), self._loop).result()
+            asyncio.run_coroutine_threadsafe(self._enter_own_loop(), self._loop).result()
         except BaseException:
             self._end_loop()
             raise
@@ -133,9 +134,23 @@ class Running:
         """Stop in order, and end the loop."""
         assert self._loop is not None  # noqa: S101  # made by __enter__
         try:
-            asyncio.run_coroutine_threadsafe(self.__aexit__(), self._loop).result()
+            asyncio.run_coroutine_threadsafe(self._leave_own_loop(), self._loop).result()
         finally:
             self._end_loop()
+
+    async def _enter_own_loop(self) -> None:
+        await self.__aenter__()
+        if self._home.sessions.is_async_only and self._home.outbox.started is None:
+            # The tables were looked at from this loop, and whoever opens a session will do so on another.
+            await self._home.sessions.pools[REQUEST].async_dispose()
+
+    async def _leave_own_loop(self) -> None:
+        try:
+            await self.__aexit__()
+        finally:
+            # Their connections belong to this loop, and nobody could close them after it.
+            for name in self.pools:
+                await self._home.sessions.pools[name].async_dispose()
 
     def _end_loop(self) -> None:
         loop, thread = self._loop, self._thread

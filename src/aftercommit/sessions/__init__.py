@@ -5,7 +5,13 @@ from aftercommit.sessions.factory import SessionFactory
 from aftercommit.sessions.ledger import Entry, Sink, watch
 from aftercommit.sessions.owner import Line, Owner, owner_of, user_line
 from aftercommit.sessions.scopes import AsyncScope, Scope, shielded
-from aftercommit.sessions.waiting import at_every_commit, simulate_commits, sync_session_of, wait_for_commit
+from aftercommit.sessions.waiting import (
+    at_every_commit,
+    autocommits,
+    simulate_commits,
+    sync_session_of,
+    wait_for_commit,
+)
 
 __all__ = [
     "AsyncScope",
@@ -16,6 +22,7 @@ __all__ = [
     "SessionFactory",
     "Sink",
     "at_every_commit",
+    "autocommits",
     "end_for_good",
     "owner_of",
     "shielded",

@@ -30,8 +30,10 @@ def capture() -> str | None:
         plain = {name: value for name, value in bound.items() if isinstance(value, _PLAIN)}
         if plain:
             carried["structlog"] = plain
-    propagate = sys.modules.get("opentelemetry.propagate")
-    if propagate is not None:
+    # FastAPI brings OpenTelemetry's interface along; without a span it has nothing to carry.
+    if "opentelemetry.trace" in sys.modules:
+        from opentelemetry import propagate
+
         headers: dict[str, str] = {}
         propagate.inject(headers)
         if headers:
@@ -55,9 +57,11 @@ def restored(text: str | None) -> AbstractContextManager[object]:
     if structlog is not None and carried.get("structlog"):
         stack.enter_context(structlog.contextvars.bound_contextvars(**carried["structlog"]))
     if carried.get("trace"):
-        otel = sys.modules.get("opentelemetry.context")
-        propagate = sys.modules.get("opentelemetry.propagate")
-        if otel is not None and propagate is not None:
-            token = otel.attach(propagate.extract(carried["trace"]))
-            stack.callback(otel.detach, token)
+        try:
+            from opentelemetry import context as otel
+            from opentelemetry import propagate
+        except ImportError:
+            # The asker had it, this worker does not: the task itself needs neither.
+            return stack
+        stack.callback(otel.detach, otel.attach(propagate.extract(carried["trace"])))
     return stack
