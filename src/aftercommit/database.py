@@ -902,8 +902,12 @@ def _listening(url: str | URL) -> URL:
     return found.asynchronous
 
 
+def _note_fault(context: Any) -> None:
+    note_fault(context)
+    note_batch_fault(context)
+
+
 def _set_up(engine: Engine) -> None:
     watch(engine)
-    event.listen(engine, "handle_error", note_fault)
-    event.listen(engine, "handle_error", note_batch_fault)
+    event.listen(engine, "handle_error", _note_fault)
     event.listen(engine, "before_cursor_execute", stop_at_statement)

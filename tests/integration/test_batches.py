@@ -644,7 +644,7 @@ def test_a_finished_batch_is_not_run_again(bench: Bench) -> None:
                 raise ConnectionError
             return 0
 
-        wrapped: Any = bench.db.task(name="again", retry=Retry(base=0.01, on=ConnectionError))(again)
+        wrapped: Any = bench.db.task(name="again", retry=Retry(base=0.0, on=ConnectionError))(again)
     else:
 
         async def async_again() -> int:
@@ -654,7 +654,7 @@ def test_a_finished_batch_is_not_run_again(bench: Bench) -> None:
                 raise ConnectionError
             return 0
 
-        wrapped = bench.db.task(name="again", retry=Retry(base=0.01, on=ConnectionError))(async_again)
+        wrapped = bench.db.task(name="again", retry=Retry(base=0.0, on=ConnectionError))(async_again)
 
     record = bench.drain(wrapped)
 
