@@ -84,6 +84,8 @@ class Rounds:
         self._loop_seen = time.monotonic()
         self._loop_asked = False
         self._is_down = False
+        self.has_left = False
+        """Whether this worker has signed off: a heartbeat after that would enter it among the workers again."""
 
     # --- from any thread ----------------------------------------------------------------------------------------
 
@@ -123,7 +125,7 @@ class Rounds:
         due = [now + _PULSE_SECONDS * 10 if deadline is None else deadline]
         if runner.settling:
             due.append(now + _SETTLE_SECONDS)
-        if runner.is_durable:
+        if runner.is_durable and not self.has_left:
             try:
                 self._work(now)
             except Exception as exc:  # noqa: BLE001  # whatever it is, the thread and its heartbeat go on

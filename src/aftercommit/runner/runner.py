@@ -180,6 +180,7 @@ class Runner:
 
     async def _sign_off(self) -> None:
         def leave(connection: Connection) -> None:
+            self.rounds.has_left = True
             notifying.notify(connection, self.lanes)
             workers.sign_off(connection, self.id)
 
