@@ -53,10 +53,11 @@ class Proxy:
         with suppress(OSError):
             while data := server.recv(65536):
                 if committing.is_set():
-                    # The server has answered, so it is done; here the cable is cut.
+                    # The server has answered, so it is done; here the cable is cut. Told first, because either end
+                    # may be gone already, and shutting it down then fails.
+                    self.swallowed.release()
                     client.shutdown(socket.SHUT_RDWR)
                     server.shutdown(socket.SHUT_RDWR)
-                    self.swallowed.release()
                     return
                 client.sendall(data)
             client.shutdown(socket.SHUT_RDWR)
