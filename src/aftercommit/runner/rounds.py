@@ -255,6 +255,8 @@ class Rounds:
         names = runner.names()
         due = runner.books.execute(lambda c: moves.next_due(c, names=names), autocommit=True)
         following = self._pace.poll_listening if runner.is_listening else self._pace.poll
+        # A transaction pooler lets no LISTEN through, so where that works by the database's own URL there is none.
+        runner.books.is_direct = runner.is_listening and not runner.listens_elsewhere
         if runner.books.is_asyncpg and not runner.is_listening:
             # There a look is a transaction, three statements, and idle workers must cost next to nothing.
             following = max(following, _POLL_IN_TRANSACTIONS)
