@@ -8,7 +8,7 @@ PROJECTS := $(wildcard pyproject.toml checker/pyproject.toml)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test hazards bench soak lint format types chromium clean
+.PHONY: help demo test oldest hazards bench soak lint format types chromium clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -18,6 +18,10 @@ demo: $(READY) ## Run the demo: upload a CSV of orders, watch it being processed
 
 test: $(READY) chromium ## Run all tests (ARGS="-k name" for some)
 	$(PY) -m pytest $(ARGS)
+
+oldest: pyproject.toml ## Run the tests on the oldest versions that are supported
+	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest chromium $(VENV)-oldest/.lowered
+	$(VENV)-oldest/bin/python -m pytest --ignore=tests/typing --ignore=checker $(ARGS)
 
 hazards: $(READY) ## Show what people write today, and the same with aftercommit
 	$(PY) -m hazards $(ARGS)
@@ -44,7 +48,7 @@ chromium: $(READY)
 	@$(PY) -m tests.support.chromium
 
 clean: ## Remove the virtual environment and all caches
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-oldest .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 # Debian's python3 leaves venv to a package of its own.
 define VENV_FROM_DEBIAN
@@ -65,4 +69,12 @@ $(READY): $(PROJECTS)
 		[print("--group\n" + g) for g in p["dependency-groups"]]' > $(VENV)/.wanted
 	@xargs $(PY) -m pip install --quiet < $(VENV)/.wanted
 	@for checker in $(filter checker/%,$(PROJECTS)); do $(PY) -m pip install --quiet --editable $${checker%/*}; done
+	@touch $@
+
+# What users install, as old as pyproject.toml allows; the groups, which are ours alone, stay new.
+$(VENV)/.lowered: $(READY)
+	@$(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+		print("\n".join(r.replace(">=", "==") for r in sum(p["optional-dependencies"].values(), p["dependencies"])))' \
+		> $(VENV)/.lowest
+	@$(PY) -m pip install --quiet --disable-pip-version-check --requirement $(VENV)/.lowest
 	@touch $@

@@ -323,6 +323,7 @@ class Database:
         self,
         session: Session | AsyncSession | scoped_session[Any] | Any,
         task: Task[P, Any],
+        /,
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> TaskHandle:

@@ -513,7 +513,7 @@ class AfterCommit:
         """The session whose commit the tasks wait for."""
         return self._session
 
-    def __call__(self, task: Task[P, Any], *args: P.args, **kwargs: P.kwargs) -> TaskHandle:
+    def __call__(self, task: Task[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> TaskHandle:
         """Have *task* run once the session's transaction has committed; see ``Database.after_commit``."""
         return self.db.after_commit(self.session, task, *args, **kwargs)
 

@@ -53,8 +53,8 @@ class Proxy:
         with suppress(OSError):
             while data := server.recv(65536):
                 if committing.is_set():
-                    # The server has answered, so it is done; here the cable is cut. Said first: the client may hang
-                    # up in the same moment, and then there is nothing left to shut down.
+                    # The server has answered, so it is done; here the cable is cut. Told first, because either end
+                    # may be gone already, and shutting it down then fails.
                     self.swallowed.release()
                     client.shutdown(socket.SHUT_RDWR)
                     server.shutdown(socket.SHUT_RDWR)

@@ -189,6 +189,29 @@ async def dispose_inside(db: Database) -> None:
         await db.async_dispose()
 
 
+def test_dispose_closes_what_an_open_session_connects_later(database: DatabaseUnderTest):
+    """A session opened before ``dispose`` that connects after it, as a task left behind does, leaves nothing open."""
+    with opened(database) as bench:
+        closed: list[Any] = []
+        event.listen(bench.engine(), "close", lambda *_: closed.append(True))
+
+        if database.is_async:
+            bench._runner.run(connect_late(bench.db))  # type: ignore[union-attr]
+        else:
+            with bench.db.session() as session:
+                bench.db.dispose()
+                session.execute(text("SELECT 1"))
+
+        assert closed == [True]
+
+
+async def connect_late(db: Database) -> None:
+    """Dispose of the pools while a session is open that has no connection yet."""
+    async with db.async_session() as session:
+        await db.async_dispose()
+        await session.execute(text("SELECT 1"))
+
+
 # --- options ----------------------------------------------------------------------------------------------------
 
 

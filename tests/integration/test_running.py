@@ -73,3 +73,21 @@ def test_a_commit_past_a_joined_session_is_seen_by_a_test(tmp_path: Path) -> Non
     assert [task.id for task in after] == [handle.id]
     assert handle.created
     assert ran == 1
+
+
+def test_a_parameter_may_have_any_name(tmp_path: Path) -> None:
+    """A task's own parameters called ``task`` and ``session`` are passed by keyword like all others."""
+    db = Database(f"sqlite:///{tmp_path / 'a.db'}")
+    seen: list[tuple[str, str]] = []
+
+    @db.task
+    def assign(task: str, session: str) -> None:
+        seen.append((task, session))
+
+    with db.running():
+        with db.session() as own:
+            db.after_commit(own, assign, task="paint", session="morning")
+        db.drain()
+    db.dispose()
+
+    assert seen == [("paint", "morning")]

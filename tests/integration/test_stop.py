@@ -143,6 +143,18 @@ def test_a_loop_that_is_closed_under_us_loses_nothing(database: DatabaseUnderTes
     shop.close()
 
 
+def test_no_heartbeat_follows_the_sign_off(database: DatabaseUnderTest):
+    """A worker that has signed off is not entered again by a heartbeat that is due at that moment."""
+    shop = Workshop(database, heartbeat=1e-6, silent_after=30.0)
+
+    for _ in range(10):
+        with shop.running():
+            shop.drain()
+
+    assert shop.sql("SELECT count(*) FROM aftercommit_worker") == 0
+    shop.close()
+
+
 @pytest.mark.drivers("psycopg", "asyncpg", "aiosqlite")
 def test_a_hundred_starts_and_stops_leave_nothing(shop: Workshop):
     """No thread, no asyncio task, no worker's row and no connection outlives its runner."""

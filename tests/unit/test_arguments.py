@@ -38,6 +38,8 @@ from aftercommit.errors import PayloadError, TaskDefinitionError, UnsafeArgument
 from aftercommit.tasks.arguments import ArgumentPlan
 
 MANY = 65536
+# 2.10.0 alone does not hand a configuration on to standard dataclasses: bytes in them must be text there.
+DATACLASSES_TAKE_BINARY = pydantic.VERSION != "2.10.0"
 
 
 def test_session_passed_by_habit_is_named() -> None:
@@ -214,7 +216,7 @@ EXACT: dict[str, tuple[Any, st.SearchStrategy[Any]]] = {
     "dict": (dict[UUID, list[bytes]], st.dictionaries(st.uuids(), st.lists(st.binary()))),
     "any": (Any, json_values),
     "json": (Tree, st.recursive(st.integers(-99, 99) | texts, lambda inner: st.lists(inner) | st.dictionaries(texts, inner))),
-    "dataclass": (Point, st.builds(Point, st.integers(-(2**70), 2**70), st.binary(), st.none() | zoned)),
+    "dataclass": (Point, st.builds(Point, st.integers(-(2**70), 2**70), st.binary() if DATACLASSES_TAKE_BINARY else st.just(b""), st.none() | zoned)),
     "model": (Person, st.builds(Person, name=texts, addresses=st.lists(st.builds(Address, street=texts)))),
     "text or uuid": (str | UUID, texts | st.uuids() | st.uuids().map(str)),
     "text or decimal": (str | Decimal, texts | st.sampled_from(["1.0", "1"]) | st.sampled_from([Decimal(1), Decimal("1.00")])),
@@ -370,7 +372,10 @@ def test_binary_in_standard_dataclasses_and_typed_dicts_crosses():
         data: bytes
 
     assert crossed(Blob, {"data": b"\xff"}) == {"data": b"\xff"}
-    assert crossed(list[Point], [Point(1, b"\xff\x00")]) == [Point(1, b"\xff\x00")]
+    if DATACLASSES_TAKE_BINARY:
+        assert crossed(list[Point], [Point(1, b"\xff\x00")]) == [Point(1, b"\xff\x00")]
+    else:
+        assert "ser_json_bytes" in str(refused(list[Point], [Point(1, b"\xff\x00")]))
 
 
 def test_binary_in_a_model_says_how_to_cross():

@@ -102,7 +102,7 @@ class Pool:
         if engine is not None:
             old = engine.pool
             engine.dispose()
-            _close_what_returns(old)
+            _close_what_returns(old, engine.pool)
 
     async def async_dispose(self) -> None:
         """Close the idle connections of both flavours."""
@@ -111,7 +111,7 @@ class Pool:
         if engine is not None:
             old = engine.pool
             await engine.dispose()
-            _close_what_returns(old)
+            _close_what_returns(old, engine.pool)
         self.dispose()
 
     def _options(self, flavour: Flavour) -> dict[str, Any]:
@@ -229,9 +229,11 @@ class Pools:
             await pool.async_dispose()
 
 
-def _close_what_returns(old: SQLAlchemyPool) -> None:
-    # SQLAlchemy would put what is in use now back into this pool, from which nobody takes anything any more.
-    event.listen(old, "checkin", lambda _connection, record: record.close())
+def _close_what_returns(*pools: SQLAlchemyPool) -> None:
+    # SQLAlchemy would put it back into a pool from which nobody takes anything any more: what is in use now into the
+    # one that was disposed, what a session that was opened before connects later into the one made in its place.
+    for each in pools:
+        event.listen(each, "checkin", lambda _connection, record: record.close())
 
 
 def _remember_idle(_connection: Any, record: Any) -> None:

@@ -12,10 +12,12 @@ timeout. So the driver's own transactions are switched off here, and:
 from __future__ import annotations
 
 import re
+import sqlite3
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import event
+from sqlalchemy.exc import OperationalError
 
 from aftercommit.pools.register import note_lock
 
@@ -31,6 +33,7 @@ BUSY_TIMEOUT: Final = 10.0
 IMMEDIATE: Final = "aftercommit_immediate"
 """The execution option under which every transaction begins immediate."""
 
+_BEGIN: Final = "BEGIN IMMEDIATE"
 _READS: Final = frozenset({"SELECT", "VALUES", "EXPLAIN"})
 # These cannot run inside a transaction, or manage one themselves.
 _OUTSIDE: Final = frozenset(
@@ -84,14 +87,12 @@ def _on_connect(connection: DBAPIConnection, _record: Any) -> None:
 
 def _on_begin(connection: Connection) -> None:
     if connection.get_execution_options().get(IMMEDIATE):
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-        note_lock(connection)
+        _begin_immediate(connection)
 
 
 def _on_savepoint(connection: Connection, _name: str) -> None:
     if not in_transaction(connection):
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-        note_lock(connection)
+        _begin_immediate(connection)
 
 
 def _on_execute(
@@ -103,9 +104,21 @@ def _on_execute(
     _many: bool,  # noqa: FBT001  # the event's signature
 ) -> None:
     if needs_lock(statement) and not in_transaction(connection) and not _autocommits(connection):
+        _begin_immediate(connection)
+
+
+def _begin_immediate(connection: Connection) -> None:
+    adapted: Any = connection.connection.dbapi_connection
+    if hasattr(adapted, "run_async"):
+        # One trip to aiosqlite's thread; a cursor that is made, used and closed would be three.
+        try:
+            adapted.run_async(lambda driver: driver.execute_fetchall(_BEGIN))
+        except sqlite3.Error as exc:
+            raise OperationalError(_BEGIN, None, exc) from exc
+    else:
         # Not by the cursor at hand: a lock that does not come free would be the driver's bare error (2.0).
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-        note_lock(connection)
+        connection.exec_driver_sql(_BEGIN)
+    note_lock(connection)
 
 
 def _autocommits(connection: Connection) -> bool:

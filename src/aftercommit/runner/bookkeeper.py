@@ -50,6 +50,8 @@ class Bookkeeper:
         # Nobody else's, so that db.async_dispose() on the application's loop leaves alone what belongs to this one.
         self._pool = Pool(BOOKKEEPING, pools[BOOKKEEPING].settings, pools)
         self._round = round
+        self.is_direct = False
+        """Whether no pooler is known to stand between us and the server."""
         self._wake = threading.Condition()
         self._jobs: deque[tuple[Callable[[Connection], Any], Future[Any]]] = deque()
         self._woken = False
@@ -151,7 +153,8 @@ class Bookkeeper:
         async def run() -> T:
             # asyncpg prepares first and executes then: outside a transaction, a pooler in between gives each step to
             # another server, which knows nothing of the statement.
-            engine = self._pool.async_engine.execution_options(isolation_level="READ COMMITTED")
+            level = "AUTOCOMMIT" if autocommit and self.is_direct else "READ COMMITTED"
+            engine = self._pool.async_engine.execution_options(isolation_level=level)
             async with engine.begin() as connection:
                 return await connection.run_sync(work)
 

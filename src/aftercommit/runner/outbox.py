@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -167,19 +168,23 @@ class Outbox:
     def unsettled(self, entries: Sequence[Wanted], connection: Connection) -> None:
         """Somebody commits past the session: look for the end of that transaction."""
         transaction = connection.get_transaction()
-        if transaction is None:
+        if transaction is None or (self.runner is None and self.started is None):
+            # Nobody here would start them, and a record tells for itself.
             return
+        # Weakly: one that is gone has ended, and must not be kept from going.
+        ending, of = weakref.ref(transaction), weakref.ref(connection)
         failed: list[object] = []
 
         def note_failure(context: Any) -> None:
-            if context.connection is connection:
+            if context.connection is of():
                 failed.append(context.original_exception)
 
         engine = connection.engine
         event.listen(engine, "handle_error", note_failure)
 
         def settle() -> bool:
-            if transaction.is_active:
+            current = ending()
+            if current is not None and current.is_active:
                 return False
             event.remove(engine, "handle_error", note_failure)
             if failed:

@@ -84,6 +84,8 @@ class Rounds:
         self._loop_seen = time.monotonic()
         self._loop_asked = False
         self._is_down = False
+        self.has_left = False
+        """Whether this worker has signed off: a heartbeat after that would enter it among the workers again."""
 
     # --- from any thread ----------------------------------------------------------------------------------------
 
@@ -123,7 +125,7 @@ class Rounds:
         due = [now + _PULSE_SECONDS * 10 if deadline is None else deadline]
         if runner.settling:
             due.append(now + _SETTLE_SECONDS)
-        if runner.is_durable:
+        if runner.is_durable and not self.has_left:
             try:
                 self._work(now)
             except Exception as exc:  # noqa: BLE001  # whatever it is, the thread and its heartbeat go on
@@ -253,6 +255,8 @@ class Rounds:
         names = runner.names()
         due = runner.books.execute(lambda c: moves.next_due(c, names=names), autocommit=True)
         following = self._pace.poll_listening if runner.is_listening else self._pace.poll
+        # A transaction pooler lets no LISTEN through, so where that works by the database's own URL there is none.
+        runner.books.is_direct = runner.is_listening and not runner.listens_elsewhere
         if runner.books.is_asyncpg and not runner.is_listening:
             # There a look is a transaction, three statements, and idle workers must cost next to nothing.
             following = max(following, _POLL_IN_TRANSACTIONS)

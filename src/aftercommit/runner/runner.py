@@ -124,6 +124,11 @@ class Runner:
         """Whether news of other processes are known to arrive."""
         return self._listener is not None and self._listener.is_trusted
 
+    @property
+    def listens_elsewhere(self) -> bool:
+        """Whether news arrive by another URL than the database's."""
+        return self._notify_url is not None
+
     async def stop(self, *, grace: float) -> None:
         """Stop in order: take nothing more, let what runs finish, give the rest back.
 
@@ -180,6 +185,7 @@ class Runner:
 
     async def _sign_off(self) -> None:
         def leave(connection: Connection) -> None:
+            self.rounds.has_left = True
             notifying.notify(connection, self.lanes)
             workers.sign_off(connection, self.id)
 
