@@ -27,7 +27,10 @@ OF_UNSAFE_ARGUMENT = {"AC101", "AC102", "AC105", "AC109"}
 # Nobody raises these: they are there to be caught.
 BASES = {errors.AfterCommitError, errors.RunError}
 # Of CurrentRun, for the library's own use.
-INTERNAL = {"batches", "behind", "forget", "saw_conflict", "saw_unique", "stopped_by", "take_checkpoint", "take_progress"}
+INTERNAL = {
+    *("batches", "behind", "forget", "saw_conflict", "saw_unique", "stopped_by"),
+    *("take_checkpoint", "take_progress"),
+}
 # What a block may be written in. Python's own is "python", so that it runs.
 LANGUAGES = {"python", "shell", "console", "text", "sql", "toml", "yaml"}
 
