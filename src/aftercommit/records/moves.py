@@ -48,6 +48,7 @@ __all__ = [
     "save_checkpoint",
     "set_progress",
     "standing",
+    "take_lock",
     "wrote_something",
 ]
 
@@ -433,6 +434,7 @@ def retry(connection: Connection, record: UUID) -> bool:
 
 # --- progress ---------------------------------------------------------------------------------------------------
 
+_TAKE_LOCK = Statement("DELETE FROM aftercommit_progress WHERE false")
 _SET_PROGRESS = Statement(
     "INSERT INTO aftercommit_progress (task_id, done, total) VALUES (:id, :done, :total) "
     "ON CONFLICT (task_id) DO UPDATE SET done = excluded.done, total = excluded.total"
@@ -442,6 +444,12 @@ _CLEAR_PROGRESS = Statement(
     "uuid))",
     "DELETE FROM aftercommit_progress WHERE task_id IN (SELECT value FROM json_each(:ids))",
 )
+
+
+def take_lock(connection: Connection) -> None:
+    """Wait for SQLite's write lock, before anything is looked at; elsewhere there is none."""
+    if connection.dialect.name == "sqlite":
+        _TAKE_LOCK.execute(connection, {})
 
 
 def set_progress(connection: Connection, record: UUID, done: int, total: int | None) -> None:

@@ -20,6 +20,7 @@ from aftercommit.runner.run import Run
 from aftercommit.tasks.transient import Fault, fault_of
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from uuid import UUID
 
     from sqlalchemy import Connection
@@ -336,12 +337,7 @@ class Rounds:
                 # It holds the write lock, or will: it writes its progress itself, with its next commit.
                 continue
             del runner.progressing[run.id]
-            progress = run.current.take_progress()
-            if progress is not None:
-                self._set_progress(run.id, *progress)
-
-    def _set_progress(self, id: UUID, done: int, total: int | None) -> None:
-        self._runner.books.execute(lambda connection: moves.set_progress(connection, id, done, total))
+            runner.books.execute(_progress_of(run))
 
     def _prune(self) -> None:
         self._next_prune = time.monotonic() + self._pace.prune_every
@@ -403,3 +399,16 @@ class Rounds:
 def is_lost(run: Run) -> bool:
     """Whether a run has been told that its record is somebody else's."""
     return isinstance(run.abandoned, LostClaim)
+
+
+def _progress_of(run: Run) -> Callable[[Connection], None]:
+    """Write how far a run is."""
+
+    def write(connection: Connection) -> None:
+        # Asked for under SQLite's lock: while we wait for it, the task may commit, and with it a newer figure.
+        moves.take_lock(connection)
+        progress = run.current.take_progress()
+        if progress is not None:
+            moves.set_progress(connection, run.id, *progress)
+
+    return write
