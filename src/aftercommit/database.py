@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import sys
 import threading
 from collections.abc import Callable, Coroutine
 from functools import partial
@@ -19,7 +20,6 @@ from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from aftercommit.batches import BatchReport
-from aftercommit.batches.chunks import note_fault as note_batch_fault
 from aftercommit.errors import (
     ConfigurationError,
     HandOverError,
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from contextlib import AbstractAsyncContextManager, AbstractContextManager
 
+    from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.orm import scoped_session
 
     from aftercommit.records.happenings import NewEvent
@@ -905,10 +906,17 @@ def _listening(url: str | URL) -> URL:
 
 def _note_fault(context: Any) -> None:
     note_fault(context)
-    note_batch_fault(context)
+    _note_batch_fault(context)
 
 
 def _set_up(engine: Engine) -> None:
     watch(engine)
     event.listen(engine, "handle_error", _note_fault)
     event.listen(engine, "before_cursor_execute", stop_at_statement)
+
+
+def _note_batch_fault(context: ExceptionContext) -> None:
+    # Only a batch that runs has to know, and then its room has been imported.
+    chunks = sys.modules.get("aftercommit.batches.chunks")
+    if chunks is not None:
+        chunks.note_fault(context)
