@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from queue import SimpleQueue
 from typing import Annotated, Any
 
 from fastapi import BackgroundTasks, Depends, FastAPI, HTTPException
@@ -80,7 +81,7 @@ class Shop:
     db: Database
     app: FastAPI
     url: str
-    heard: list[str] = field(default_factory=list)
+    heard: SimpleQueue[str] = field(default_factory=SimpleQueue)
     shipped: Callable[[str], None] = lambda _sku: None
 
     def close(self) -> None:
@@ -210,13 +211,13 @@ def _endpoints(shop: Shop) -> None:  # noqa: C901, PLR0915  # a list of endpoint
         sku: str, session: SessionDep, after_commit: AfterCommitDep, background: BackgroundTasks
     ) -> dict[str, str]:
         add(session, after_commit, sku)
-        background.add_task(heard.append, f"background of {sku}")
+        background.add_task(heard.put, f"background of {sku}")
         return {"sku": sku}
 
     @app.post("/own-background")
     def own_background(sku: str, session: SessionDep, after_commit: AfterCommitDep) -> PlainTextResponse:
         add(session, after_commit, sku)
-        return PlainTextResponse(sku, background=BackgroundTask(heard.append, f"own background of {sku}"))
+        return PlainTextResponse(sku, background=BackgroundTask(heard.put, f"own background of {sku}"))
 
     @app.get("/stream")
     def stream(session: SessionDep) -> StreamingResponse:
@@ -258,7 +259,7 @@ def _endpoints(shop: Shop) -> None:  # noqa: C901, PLR0915  # a list of endpoint
         try:
             yield
         except ValueError:
-            heard.append("swallowed")
+            heard.put("swallowed")
 
     @app.post("/swallowed")
     def swallowed(
@@ -327,13 +328,13 @@ def _async_endpoints(shop: Shop) -> None:  # noqa: C901, PLR0915  # a list of en
         sku: str, session: AsyncSessionDep, after_commit: AfterCommitDep, background: BackgroundTasks
     ) -> dict[str, str]:
         add(session, after_commit, sku)
-        background.add_task(heard.append, f"background of {sku}")
+        background.add_task(heard.put, f"background of {sku}")
         return {"sku": sku}
 
     @app.post("/own-background")
     async def own_background(sku: str, session: AsyncSessionDep, after_commit: AfterCommitDep) -> PlainTextResponse:
         add(session, after_commit, sku)
-        return PlainTextResponse(sku, background=BackgroundTask(heard.append, f"own background of {sku}"))
+        return PlainTextResponse(sku, background=BackgroundTask(heard.put, f"own background of {sku}"))
 
     @app.get("/stream")
     async def stream(session: AsyncSessionDep) -> StreamingResponse:
@@ -377,7 +378,7 @@ def _async_endpoints(shop: Shop) -> None:  # noqa: C901, PLR0915  # a list of en
         try:
             yield
         except ValueError:
-            heard.append("swallowed")
+            heard.put("swallowed")
 
     @app.post("/swallowed")
     async def swallowed(
