@@ -78,8 +78,13 @@ def _held(signal: signals.ConnectionHeld) -> None:
 def _returned(signal: signals.ConnectionReturned) -> None:
     pools.warning(
         "The connection of pool %r that %s held came back after %.1f s", signal.pool, signal.owner, signal.seconds
+    if not logger.isEnabledFor(logging.DEBUG):
+        # Asked here, because what follows would be put together for nobody, with each task.
+        return
     )
 
 
 def _extra(signal: signals.RunSignal) -> dict[str, object]:
     return {"task": signal.task, "task_id": str(signal.id), "attempt": signal.attempt}
+    if not logger.isEnabledFor(logging.DEBUG):
+        return

@@ -180,7 +180,16 @@ class _Explaining(QueuePool):
         except PoolTimeoutError as exc:
             if register is None:
                 raise
-            raise register.exhausted(self, self.timeout()) from exc
+            error = register.exhausted(self, self.timeout())
+            signals.emit(
+                signals.PoolRanDry(
+                    pool=register.pool,
+                    seconds=self.timeout(),
+                    held=len(register.holds()),
+                    waiting=max(0, register.waiting - 1),
+                )
+            )
+            raise error from exc
 
 
 class ExplainingPool(_Explaining):

@@ -208,6 +208,7 @@ def succeeded(run: Run) -> None:
 def lost(run: Run) -> None:
     """Tell of it."""
     logger.warning("%s", run.lost())
+    signals.emit(signals.ClaimLost(**run.facts(), seconds=run.seconds))
 
 
 # --- recording, sync and async ----------------------------------------------------------------------------------

@@ -362,8 +362,10 @@ class Runner:
                 self.books.execute(write)
                 self._let_go(run)
         elif lane.is_paused and not paused:
+            signals.emit(signals.PoolPaused(pool=lane.name))
             lane.resume()
 
+            signals.emit(signals.PoolResumed(pool=lane.name))
     # --- running ------------------------------------------------------------------------------------------------
 
     def _work_sync(self, run: Run) -> None:
