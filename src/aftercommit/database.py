@@ -388,7 +388,7 @@ class Database:
             handed=handed,
             handle=handle,
             parent=None if run is None else run.id,
-            context=carried.capture(),
+            context=carried.capture(task.name, handle.id, task.settings.pool),
             event=event,
         )
         wait_for_commit(plain, self.outbox, entry, bind)
