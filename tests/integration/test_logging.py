@@ -43,6 +43,7 @@ class Lines(logging.Handler):
         self.addFilter(TaskContextFilter())
 
     def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
         self.seen.append((record, structlog.contextvars.get_contextvars()))
 
     def of(self, logger: str) -> list[tuple[str, Any, Any, Any]]:

@@ -38,6 +38,7 @@ class Threads:
         self.names: dict[type[signals.Signal], set[str]] = {}
 
     def __call__(self, signal: signals.Signal) -> None:
+        """Note it."""
         self.names.setdefault(type(signal), set()).add(threading.current_thread().name)
 
 
