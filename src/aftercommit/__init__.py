@@ -16,6 +16,7 @@ from aftercommit.events import EventHandle
 from aftercommit.monitoring.logging import log_signals
 from aftercommit.pools import PoolSettings
 from aftercommit.runner import TaskHandle
+from aftercommit.stats import ClusterStats, ClusterTask, Holder, PoolStats, Stats, TaskStats, Timing
 from aftercommit.tasks import CurrentRun, Retry, Task, current_run
 
 if TYPE_CHECKING:
@@ -25,14 +26,21 @@ __all__ = [
     "AfterCommitError",
     "BatchFailure",
     "BatchReport",
+    "ClusterStats",
+    "ClusterTask",
     "CurrentRun",
     "Database",
     "EventHandle",
+    "Holder",
     "PoolSettings",
+    "PoolStats",
     "Retry",
+    "Stats",
     "Task",
     "TaskHandle",
     "TaskRecord",
+    "TaskStats",
+    "Timing",
     "current_run",
     "errors",
     "signals",

@@ -42,6 +42,7 @@ from aftercommit.runner import Outbox, Pace, Runner, TaskHandle, Wanted
 from aftercommit.runner.run import note_fault, stop_at_statement
 from aftercommit.runner.running import Running
 from aftercommit.sessions import Owner, SessionFactory, autocommits, sync_session_of, user_line, wait_for_commit, watch
+from aftercommit.stats import Stats, snapshot
 from aftercommit.tasks import Retry, Task, TaskSettings, current_run
 from aftercommit.tasks import context as carried
 from aftercommit.tasks.definition import define, task_name
@@ -473,6 +474,13 @@ class Database:
                 "drain in a process that runs them."
             )
         return running
+
+    def stats(self) -> Stats:
+        """How the pools and tasks of this process stand, and what a runner here last saw of all processes.
+
+        Read from memory, without a connection and without waiting.
+        """
+        return snapshot(self._pools, set(self._tasks.values()), self.outbox.runner)
 
     # --- events -------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,24 @@ import typer.main
 import aftercommit
 import aftercommit.fastapi
 import aftercommit.testing
-from aftercommit import CurrentRun, Database, PoolSettings, Retry, Task, TaskHandle, TaskRecord, errors, signals
+from aftercommit import (
+    ClusterStats,
+    ClusterTask,
+    CurrentRun,
+    Database,
+    Holder,
+    PoolSettings,
+    PoolStats,
+    Retry,
+    Stats,
+    Task,
+    TaskHandle,
+    TaskRecord,
+    TaskStats,
+    Timing,
+    errors,
+    signals,
+)
 from aftercommit.cli.commands import app
 from tests.docs.pages import PAGES, ROOT, Page
 
@@ -31,6 +48,8 @@ INTERNAL = {
     *("batches", "behind", "forget", "saw_conflict", "saw_unique", "stopped_by"),
     *("take_checkpoint", "take_progress"),
 }
+# What db.stats() is made of.
+STATS = (Stats, PoolStats, Holder, TaskStats, Timing, ClusterStats, ClusterTask)
 # What a block may be written in. Python's own is "python", so that it runs.
 LANGUAGES = {"python", "shell", "console", "text", "sql", "toml", "yaml"}
 
@@ -127,6 +146,7 @@ def test_index_of_errors_is_complete() -> None:
         ("database", parameters(Database.__init__)),
         ("database", {field.name for field in dataclasses.fields(PoolSettings)}),
         ("database", parameters(Database.running) | parameters(Database.drain)),
+        *(("database", {field.name for field in dataclasses.fields(kind)}) for kind in STATS),
         ("tasks", parameters(Database.task)),
         ("tasks", parameters(Task.with_options)),
         ("tasks", {field.name for field in dataclasses.fields(Retry)}),

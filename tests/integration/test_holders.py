@@ -205,7 +205,7 @@ def test_a_task_may_hold_its_connection_for_its_timeout(database: DatabaseUnderT
         db.drain()
 
     assert isinstance(signal, signals.ConnectionHeld)
-    assert signal.owner == "task 'plain', attempt 1"
+    assert signal.owner.startswith("task 'plain', attempt 1, id ")
     assert signal.pool == "slow"
     rest = [told.get() for _ in range(told.qsize())]
     assert not any("patient" in each.owner for each in rest if isinstance(each, signals.ConnectionHeld))

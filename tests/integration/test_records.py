@@ -3,7 +3,7 @@
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from uuid import UUID
 
 import psycopg
@@ -13,7 +13,7 @@ from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
 from aftercommit import signals
-from aftercommit.records import moves, workers
+from aftercommit.records import moves, sweeping, workers
 from aftercommit.records.ids import uuid7
 from tests.support.databases import DatabaseUnderTest
 from tests.support.postgres import PostgresServer
@@ -117,24 +117,12 @@ def _statements(server: PostgresServer) -> list[str]:
 def test_a_full_queue_does_not_slow_the_claim(shop: Workshop):
     """With 100 000 queued tasks a claim reads its index from the front, and takes no longer than one may wait."""
     shop.db.create_tables()
-    columns = "id, task, pool, state, arguments, run_at, enqueued_at, priority"
-    if shop.under_test.is_sqlite:
-        shop.sql(
-            f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {FULL}) "
-            f"INSERT INTO aftercommit_task ({columns}) "
-            "SELECT printf('%032x', i), 'effect', 'default', 'queued', '{}', "
-            "'2020-01-01 00:00:00.000000', '2020-01-01 00:00:00.000000', 0 FROM n"
-        )
-    else:
-        shop.sql(
-            f"INSERT INTO aftercommit_task ({columns}) "
-            "SELECT gen_random_uuid(), 'effect', 'default', 'queued', '{}', "
-            f"'2020-01-01'::timestamptz + i * interval '1 second', now(), 0 FROM generate_series(1, {FULL}) i"
-        )
-    shop.sql("ANALYZE aftercommit_task")
+    fill(shop, "queued", FULL)
 
     with shop.outside.connect() as connection:
-        plan = _plan_of_a_claim(connection)
+        plan = _plan_of(
+            connection, lambda: moves.claim(connection, pool="default", names=["effect"], worker=uuid7(), count=10)
+        )
         begun = time.monotonic()
         for _ in range(20):
             assert len(moves.claim(connection, pool="default", names=["effect"], worker=uuid7(), count=10)) == 10
@@ -147,7 +135,49 @@ def test_a_full_queue_does_not_slow_the_claim(shop: Workshop):
     assert took < 0.1
 
 
-def _plan_of_a_claim(connection: sa.Connection) -> str:
+@pytest.mark.drivers("psycopg", "pysqlite")
+def test_the_whole_queue_is_counted_without_what_has_finished(shop: Workshop):
+    """What ``db.stats()`` says of all processes reads the queued and the running, and no finished record."""
+    shop.db.create_tables()
+    fill(shop, "succeeded", 20_000)
+    fill(shop, "queued", 300)
+    fill(shop, "running", 20)
+
+    with shop.outside.connect() as connection:
+        found = sweeping.sweep(connection, silent_after=30.0)
+        plan = _plan_of(connection, lambda: sweeping.sweep(connection, silent_after=30.0))
+
+    assert (found.workers, set(found.tasks)) == (0, {"effect"})
+    assert (found.tasks["effect"].queued, found.tasks["effect"].running) == (300, 20)
+    assert "aftercommit_task_due" in plan
+    assert "aftercommit_task_held" in plan
+    assert "Seq Scan on aftercommit_task" not in plan
+    assert "aftercommit_task_key" not in plan
+
+
+def fill(shop: Workshop, state: str, number: int) -> None:
+    """Write records of one state, all of one task."""
+    columns = "id, task, pool, state, arguments, run_at, enqueued_at, priority, finished_at"
+    if shop.under_test.is_sqlite:
+        finished = "'2020-01-01 00:00:00.000000'" if state == "succeeded" else "NULL"
+        shop.sql(
+            f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {number}) "
+            f"INSERT INTO aftercommit_task ({columns}) "
+            f"SELECT lower(hex(randomblob(16))), 'effect', 'default', '{state}', '{{}}', "
+            f"'2020-01-01 00:00:00.000000', '2020-01-01 00:00:00.000000', 0, {finished} FROM n"
+        )
+    else:
+        finished = "now()" if state == "succeeded" else "NULL"
+        shop.sql(
+            f"INSERT INTO aftercommit_task ({columns}) "
+            f"SELECT gen_random_uuid(), 'effect', 'default', '{state}', '{{}}', "
+            f"'2020-01-01'::timestamptz + i * interval '1 second', now(), 0, {finished} "
+            f"FROM generate_series(1, {number}) i"
+        )
+    shop.sql("ANALYZE aftercommit_task")
+
+
+def _plan_of(connection: sa.Connection, work: Callable[[], object]) -> str:
     is_sqlite = connection.dialect.name == "sqlite"
     seen: list[tuple[str, object]] = []
 
@@ -155,7 +185,7 @@ def _plan_of_a_claim(connection: sa.Connection) -> str:
     def note(_connection: object, _cursor: object, statement: str, parameters: object, *_: object) -> None:
         seen.append((statement, parameters))
 
-    moves.claim(connection, pool="default", names=["effect"], worker=uuid7(), count=10)
+    work()
     sa.event.remove(connection, "before_cursor_execute", note)
     statement, parameters = seen[0]
     rows = connection.exec_driver_sql(

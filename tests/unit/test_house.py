@@ -21,7 +21,7 @@ FLOORS = (
     ("sessions",),
     ("records", "tasks"),
     ("runner",),
-    ("batches", "events"),
+    ("batches", "events", "stats"),
     ("database",),
     ("fastapi", "backends", "monitoring", "testing", "cli"),
     ("aftercommit", "__main__"),  # the doors: what most users import, and the command

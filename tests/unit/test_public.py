@@ -8,8 +8,9 @@ import pytest
 
 PUBLIC = {
     "aftercommit": {
-        "AfterCommitError", "BatchFailure", "BatchReport", "CurrentRun", "Database", "EventHandle", "PoolSettings",
-        "Retry", "Task", "TaskHandle", "TaskRecord", "current_run", "errors", "signals",
+        "AfterCommitError", "BatchFailure", "BatchReport", "ClusterStats", "ClusterTask", "CurrentRun", "Database",
+        "EventHandle", "Holder", "PoolSettings", "PoolStats", "Retry", "Stats", "Task", "TaskHandle", "TaskRecord",
+        "TaskStats", "Timing", "current_run", "errors", "signals",
     },
     "aftercommit.fastapi": {
         "AfterCommit", "AfterCommitDep", "AsyncSessionDep", "SessionDep", "after_commit_of", "async_session_of",

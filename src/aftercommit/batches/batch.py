@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from aftercommit.runner.lanes import Lane as Place
     from aftercommit.runner.run import Run
     from aftercommit.sessions import SessionFactory
+    from aftercommit.tasks.retry import Again
 
 __all__ = ["Batch", "Home", "Options", "async_run_batch", "run_batch"]
 
@@ -132,8 +133,7 @@ class Batch:
         self._pool = self._choose_pool()
         self._level = None if self._run is None else self._run.task.settings.isolation_level
         name = getattr(handler, "__qualname__", type(handler).__qualname__)
-        who = f"batch of {name}" if self._run is None else f"batch of {name} in {self._run.owner}"
-        self._owner = Owner(who, user_line(), kind="task")
+        self._owner = self._name_owner(f"batch of {name}")
         self._name = self._number(name)
         self._books = threading.Lock()
         self._done: list[Stretch] = []
@@ -169,6 +169,13 @@ class Batch:
                 f"{run.pool!r}. Leave it out, or declare the task with @db.task(pool={pool!r})."
             )
         return run.pool
+
+    def _name_owner(self, doing: str) -> Owner:
+        """Who has the sessions of the chunks."""
+        run, line = self._run, user_line()
+        if run is None:
+            return Owner(doing, line)
+        return Owner(run.name, line, kind="task", task_id=run.id, attempt=run.attempt, doing=doing)
 
     def _number(self, name: str) -> str:
         """What this batch is called in its task: the handler's name, and which of its batches it is."""
@@ -362,6 +369,7 @@ class Batch:
             was_committed=lambda: self._was_committed(lane),
             check=self._check,
             fence=self._check_claim,
+            repeating=self._note_repeat,
         )
         while (chunk := self._next()) is not None:
             run_chunk(chunk, handling, lambda settled: self._settle(lane, settled))
@@ -424,6 +432,10 @@ class Batch:
         self._check()
         if self._run is not None and self._run.claim is not None:
             self._fenced(lambda _connection: None)
+
+    def _note_repeat(self, step: Again) -> None:
+        if self._run is not None and not step.counts:
+            self._run.task.figures.repeats(counts=False)
 
     def _begun(self, connection: Connection) -> None:
         run = self._run

@@ -106,6 +106,7 @@ class Handling:
         was_committed: Whether a COMMIT whose answer was lost happened all the same; None if nobody can say.
         check: Raises what ends the whole batch: a lost claim, a time limit, a stop.
         fence: Raises what ``check`` does, after a look into the database: before a handler is called again.
+        repeating: Told of what comes next when a chunk is to be run again.
     """
 
     source: Source
@@ -120,6 +121,7 @@ class Handling:
     was_committed: Callable[[], bool | None]
     check: Callable[[], None]
     fence: Callable[[], None]
+    repeating: Callable[[Again], None]
 
 
 @dataclass(slots=True)
@@ -294,6 +296,7 @@ class _Chunk:
         if step is None:
             return False
         self._tries.count(error, step)
+        self._handling.repeating(step)
         self._handling.flavour.wait(step.delay)
         # A claim that was lost shows as a conflict, too, and then the handler must not run again.
         self._handling.fence()

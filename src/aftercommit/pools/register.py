@@ -13,6 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from aftercommit import signals
 from aftercommit.errors import PoolExhausted
+from aftercommit.pools.timing import Meter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -20,7 +21,16 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection
 
-__all__ = ["AsyncExplainingPool", "ExplainingPool", "Hold", "Register", "hold_of", "name_holder", "note_lock"]
+__all__ = [
+    "AsyncExplainingPool",
+    "ExplainingPool",
+    "Hold",
+    "Register",
+    "hold_of",
+    "name_holder",
+    "note_lock",
+    "shortened",
+]
 
 _HOLD: Final = "aftercommit.hold"
 _SHOWN: Final = 10
@@ -60,9 +70,7 @@ class Hold:
             text += f", idle in its transaction for {now - idle:.1f} s"
         if self.statement is not None:
             text += (
-                f", after {_shortened(self.statement)!r}"
-                if idle is not None
-                else f", in {_shortened(self.statement)!r}"
+                f", after {shortened(self.statement)!r}" if idle is not None else f", in {shortened(self.statement)!r}"
             )
         return text
 
@@ -81,11 +89,14 @@ class Register:
         self._holds: dict[Any, Hold] = {}
         self._lock = threading.Lock()
         self.waiting = 0
+        self.exhaustions = 0
+        self.waits = Meter()
 
     def attach(self, engine: Engine) -> None:
         """Write down what an engine's connections do."""
         event.listen(engine, "checkout", self._taken)
         event.listen(engine, "checkin", self._returned)
+        event.listen(engine, "detach", self._detached)
         event.listen(engine, "before_cursor_execute", _begin_statement)
         event.listen(engine, "after_cursor_execute", _end_statement)
         event.listen(engine, "commit", _end_transaction)
@@ -101,6 +112,8 @@ class Register:
     def exhausted(self, pool: QueuePool, seconds: float) -> PoolExhausted:
         """The error of somebody who waited in vain."""
         now = time.monotonic()
+        with self._lock:
+            self.exhaustions += 1
         holds = self.holds()
         listed = [f"  {hold.describe(now)}" for hold in holds[:_SHOWN]]
         if len(holds) > _SHOWN:
@@ -128,7 +141,7 @@ class Register:
             signals.emit(
                 signals.ConnectionHeld(
                     pool=self.pool, owner=str(hold.owner), seconds=now - hold.since, idle=idle, locked=locked,
-                    statement=None if hold.statement is None else _shortened(hold.statement),
+                    statement=None if hold.statement is None else shortened(hold.statement),
                 )
             )  # fmt: skip
 
@@ -144,9 +157,17 @@ class Register:
             seconds = time.monotonic() - hold.since
             signals.emit(signals.ConnectionReturned(pool=self.pool, owner=str(hold.owner), seconds=seconds))
 
+    def _detached(self, _connection: DBAPIConnection, record: Any) -> None:
+        # Whoever has it keeps it, but it is the pool's no longer. If the place has been taken again meanwhile, with a
+        # connection of its own, what stands there is somebody else's.
+        if record.dbapi_connection is None:
+            record.record_info.pop(_HOLD, None)
+            self._holds.pop(record, None)
+
     @contextmanager
     def someone_waits(self) -> Iterator[None]:
-        """Count somebody who waits, while he does."""
+        """Count somebody who waits, while he does, and measure for how long."""
+        since = time.monotonic()
         with self._lock:
             self.waiting += 1
         try:
@@ -154,6 +175,7 @@ class Register:
         finally:
             with self._lock:
                 self.waiting -= 1
+            self.waits.add(time.monotonic() - since)
 
 
 class _Explaining(QueuePool):
@@ -262,6 +284,7 @@ def _end_transaction(connection: Connection) -> None:
         hold.idle_since = hold.locked_since = None
 
 
-def _shortened(statement: str) -> str:
+def shortened(statement: str) -> str:
+    """A statement on one line, cut where it is long."""
     text = " ".join(statement.split())
     return text if len(text) <= _STATEMENT else text[: _STATEMENT - 1] + "…"

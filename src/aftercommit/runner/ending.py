@@ -158,6 +158,7 @@ def note_repeat(run: Run, error: BaseException, step: Again) -> None:
         run.conflict_since = run.conflict_since or time.monotonic()
         run.repeats = replace(seen, conflicts=seen.conflicts + 1)
     run.repeated += 1
+    run.task.figures.repeats(counts=step.counts)
     signals.emit(signals.TaskRetried(**run.facts(), error=error, delay=step.delay, in_place=True))
 
 
@@ -202,7 +203,9 @@ def is_still_ours(run: Run, found: moves.Standing) -> bool:
 
 def succeeded(run: Run) -> None:
     """Tell of it."""
-    signals.emit(signals.TaskSucceeded(**run.facts(), seconds=run.seconds, repeats=run.repeated))
+    seconds = run.seconds
+    run.task.figures.succeeded(seconds)
+    signals.emit(signals.TaskSucceeded(**run.facts(), seconds=seconds, repeats=run.repeated))
 
 
 def lost(run: Run) -> None:
@@ -355,9 +358,13 @@ def _writing_back(run: Run, error: BaseException, step: Again | GiveBack) -> Any
 
 def _queued_again(run: Run, error: BaseException, step: Again | GiveBack, ground: Worker) -> None:
     ground.expect(run.pool)
+    figures = run.task.figures
     if isinstance(step, GiveBack):
+        figures.given_back()
         signals.emit(signals.TaskGivenBack(**run.facts(), reason="its worker is stopping"))
     else:
+        figures.repeats(counts=step.counts)
+        figures.run.add(run.seconds)
         signals.emit(signals.TaskRetried(**run.facts(), error=error, delay=step.delay, in_place=False))
 
 
@@ -378,7 +385,7 @@ def _fail(run: Run, error: BaseException, ground: Ground) -> bool:
     if held is None:
         held = bool(ground.books.call(lambda connection: _write_failure(connection, run, error)))
     if held:
-        signals.emit(signals.TaskFailed(**run.facts(), error=error, seconds=run.seconds))
+        _failed(run, error)
     return held
 
 
@@ -405,7 +412,7 @@ async def _async_fail(run: Run, error: BaseException, ground: Ground) -> bool:
     if held is None:
         held = bool(await ground.books.async_call(lambda connection: _write_failure(connection, run, error)))
     if held:
-        signals.emit(signals.TaskFailed(**run.facts(), error=error, seconds=run.seconds))
+        _failed(run, error)
     return held
 
 
@@ -426,6 +433,13 @@ async def _async_call_on_failure(run: Run, error: BaseException, ground: Ground)
         _note_on_failure(run, error, exc)
         return None
     return True
+
+
+def _failed(run: Run, error: BaseException) -> None:
+    """Tell of it."""
+    seconds = run.seconds
+    run.task.figures.failed(seconds)
+    signals.emit(signals.TaskFailed(**run.facts(), error=error, seconds=seconds))
 
 
 def _has_arguments(error: BaseException) -> bool:

@@ -315,11 +315,10 @@ class Lane:
         with self._lock:
             return not (self._active or self._backlog or self._reserved)
 
-    @property
-    def waiting(self) -> int:
-        """How many wait in this process."""
+    def look(self) -> tuple[list[Run], list[Run]]:
+        """What runs now, and what waits here for a place."""
         with self._lock:
-            return len(self._backlog)
+            return list(self._active), list(self._backlog)
 
     def stop_threads(self, timeout: float) -> None:
         """Let the lane's threads go."""

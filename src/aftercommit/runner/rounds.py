@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from aftercommit import signals
 from aftercommit.errors import LostClaim
-from aftercommit.records import moves, workers
+from aftercommit.records import moves, sweeping, workers
 from aftercommit.runner.run import Run
 from aftercommit.tasks.transient import Fault, fault_of
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from aftercommit.runner.lanes import Lane
     from aftercommit.runner.runner import Runner
 
-__all__ = ["Pace", "Rounds"]
+__all__ = ["Pace", "Rounds", "pause_between_sweeps"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,9 @@ _PULSE_SECONDS: Final = 1.0
 OVERRUN_SECONDS: Final = 1.0
 """For which a ``def`` task that has been told that its time is over may go on, before its place is given to others."""
 _PRUNED_AT_ONCE: Final = 1000
+_SWEEP_SECONDS: Final = 60.0
+_SWEEP_SECONDS_READ: Final = 15.0
+_SWEEP_SHARE: Final = 200
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +82,10 @@ class Rounds:
         self._next_poll = 0.0
         self._next_prune = 0.0
         self._next_progress = 0.0
+        self._sweep: tuple[sweeping.Sweep, float] | None = None
+        self._sweep_begun = float("-inf")
+        self._sweep_took = 0.0
+        self._sweep_read = 0.0
         self._fruitless = 0
         self._wakes_at = 0.0
         self._last_beat = time.monotonic()
@@ -109,6 +116,21 @@ class Rounds:
         """Poll soon."""
         self._next_poll = 0.0
         self._runner.books.wake()
+
+    def last_sweep(self) -> tuple[sweeping.Sweep, float] | None:
+        """What the last look at the whole queue found, and when that was, by the monotonic clock.
+
+        Whoever reads has the next look come sooner: nobody pays for figures that nobody wants.
+        """
+        self._sweep_read = time.monotonic()
+        if self._runner.is_durable and self._next_sweep < self._wakes_at:
+            self._runner.books.wake()
+        return self._sweep
+
+    @property
+    def _next_sweep(self) -> float:
+        is_read = self._sweep_read > self._sweep_begun
+        return self._sweep_begun + pause_between_sweeps(self._sweep_took, is_read=is_read)
 
     # --- one round ----------------------------------------------------------------------------------------------
 
@@ -158,9 +180,11 @@ class Rounds:
             runner.herald.send()
         if now >= self._next_prune:
             self._prune()
+        if now >= self._next_sweep:
+            self._look_at_all()
 
     def _following(self) -> list[float]:
-        due = [self._next_beat, self._next_poll, self._next_prune]
+        due = [self._next_beat, self._next_poll, self._next_prune, self._next_sweep]
         if self._runner.progressing:
             due.append(self._next_progress)
         news = self._runner.herald.due()
@@ -358,6 +382,17 @@ class Rounds:
             # A full piece: there is more.
             self._next_prune = time.monotonic() + 1.0
 
+    # --- the whole queue ----------------------------------------------------------------------------------------
+
+    def _look_at_all(self) -> None:
+        """Count what is queued and runs anywhere, for ``db.stats()``."""
+        self._sweep_begun = time.monotonic()
+        found = self._runner.books.execute(
+            lambda c: sweeping.sweep(c, silent_after=self._pace.silent_after), autocommit=True
+        )
+        at = time.monotonic()
+        self._sweep, self._sweep_took = (found, at), at - self._sweep_begun
+
     # --- time limits, and the event loop's pulse ----------------------------------------------------------------
 
     def _end_overdue(self, now: float) -> float | None:
@@ -401,6 +436,17 @@ class Rounds:
 
     def _loop_turned(self) -> None:
         self._loop_asked = False
+
+
+def pause_between_sweeps(took: float, *, is_read: bool) -> float:
+    """Return the seconds from one look at the whole queue to the next.
+
+    Args:
+        took: Seconds that the last one took; with very many queued records they become rarer, so that at most half a
+            per cent of the time goes into them.
+        is_read: Whether somebody has read figures since.
+    """
+    return max(_SWEEP_SECONDS_READ if is_read else _SWEEP_SECONDS, _SWEEP_SHARE * took)
 
 
 def is_lost(run: Run) -> bool:

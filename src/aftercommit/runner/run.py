@@ -47,7 +47,8 @@ class Run:
         arguments: JSON text.
         context: What follows the task across the hand-over, JSON text.
         checkpoint: What an earlier run saved, JSON text.
-        waited: Seconds between its being due and its claim.
+        waited: Seconds between its being due and its being taken.
+        taken: When that was, by the monotonic clock; 0.0 before.
         pool: The pool it was asked for in, and runs in; the task's own by default.
         on_progress: Called when the task tells of its progress.
         on_deadline: Called when a try begins that has a time limit.
@@ -70,6 +71,7 @@ class Run:
     context: str | None = None
     checkpoint: str | None = None
     waited: float = 0.0
+    taken: float = 0.0
     pool: str = ""
     on_progress: Callable[[Run], None] | None = None
     on_deadline: Callable[[Run], None] | None = None
@@ -103,7 +105,7 @@ class Run:
     @property
     def owner(self) -> Owner:
         """Who its session belongs to."""
-        return Owner(f"task {self.name!r}, attempt {self.attempt}", kind="task", allowed=self.task.settings.timeout)
+        return Owner(self.name, kind="task", allowed=self.task.settings.timeout, task_id=self.id, attempt=self.attempt)
 
     @property
     def seconds(self) -> float:
@@ -117,7 +119,9 @@ class Run:
     def begin(self) -> None:
         """Note the start of this claim."""
         self.started = time.monotonic()
-        signals.emit(signals.TaskStarted(**self.facts(), waited=self.waited))
+        waited = self.waited + (self.started - self.taken if self.taken else 0.0)
+        self.task.figures.wait.add(waited)
+        signals.emit(signals.TaskStarted(**self.facts(), waited=waited))
 
     def prepare(self, session: Session) -> None:
         """Get ready for one try, on *session*: every commit on it must hold what this module demands."""

@@ -225,6 +225,7 @@ class Runner:
         for run in mine:
             self._let_go(run)
         for run in given:
+            run.task.figures.given_back()
             signals.emit(signals.TaskGivenBack(**run.facts(), reason="its worker is stopping"))
         return len(given)
 
@@ -297,6 +298,7 @@ class Runner:
             return False
         run.on_progress = self._progressed
         run.on_deadline = self.rounds.watch
+        run.taken = time.monotonic()
         self.held[run.id] = run
         try:
             if lane.submit(run, reserved=reserved):

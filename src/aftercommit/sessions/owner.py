@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Final
 import sqlalchemy
 
 if TYPE_CHECKING:
+    from uuid import UUID
+
     from sqlalchemy.orm import Session
 
 __all__ = ["OWNER", "Line", "Owner", "owner_of", "user_line"]
@@ -56,20 +58,31 @@ class Owner:
     """Who has a session.
 
     Attributes:
-        name: A request line (``POST /files``), a task (``task 'process_file', attempt 2``), or ``code``.
+        name: A request line (``POST /files``), a task's name, or ``code``.
         line: Where it was opened, if that is known.
         kind: ``"request"``, ``"task"`` or ``"code"``.
         allowed: Seconds for which it may hold a connection; None for what the pool allows.
+        task_id: The record of the task.
+        attempt: The task's attempt.
+        doing: What of its own the task does with it (``batch of handle``); None for the run itself.
     """
 
     name: str
     line: Line | None = None
     kind: str = "code"
     allowed: float | None = None
+    task_id: UUID | None = None
+    attempt: int | None = None
+    doing: str | None = None
 
     def __str__(self) -> str:
-        """The name, and the line behind it."""
-        return self.name if self.line is None else f"{self.name} ({self.line})"
+        """Who, in words, and the line behind it; made when somebody asks, and not for every run."""
+        text = self.name
+        if self.task_id is not None:
+            text = f"task {self.name!r}, attempt {self.attempt}, id {self.task_id}"
+        if self.doing is not None:
+            text = f"{self.doing} in {text}"
+        return text if self.line is None else f"{text} ({self.line})"
 
 
 def owner_of(session: Session) -> Owner | None:

@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from aftercommit.errors import ConfigurationError, TaskDefinitionError
+from aftercommit.tasks.figures import TaskFigures
 from aftercommit.tasks.options import Options
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class Task(Generic[P, R_co]):
         takes: The session class that it is given as first argument, or None.
         is_async: Whether it runs on the event loop.
         database: The ``Database`` that it belongs to.
+        figures: What became of its runs in this process; ``db.stats()`` shows it.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Task(Generic[P, R_co]):
         self.takes = takes
         self.options = options or Options()
         self.is_async = inspect.iscoroutinefunction(function)
+        self.figures = TaskFigures()
         self.__doc__ = function.__doc__
         self.__module__ = function.__module__
         self.__name__ = function.__name__
