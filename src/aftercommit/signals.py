@@ -25,8 +25,10 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ClaimLost",
+    "ConnectionAwaited",
     "ConnectionHeld",
     "ConnectionReturned",
+    "ConnectionUsed",
     "DatabaseDown",
     "DatabaseUp",
     "LoopBlocked",
@@ -337,6 +339,34 @@ class ConnectionReturned(Signal):
 
     pool: str
     owner: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionAwaited(Signal):
+    """Somebody had to wait for a connection, and has one now, or has given up; told only where somebody listens.
+
+    Attributes:
+        pool: The pool it belongs to.
+        seconds: For how long he waited.
+    """
+
+    pool: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionUsed(Signal):
+    """A request or a task gave its connection back; told only where somebody listens.
+
+    Attributes:
+        pool: The pool it belongs to.
+        kind: Who had it: ``"request"`` or ``"task"``.
+        seconds: For how long.
+    """
+
+    pool: str
+    kind: str
     seconds: float
 
 

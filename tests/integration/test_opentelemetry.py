@@ -1,7 +1,9 @@
 """Traces go on from a request to its tasks, through retries and other processes; figures follow the conventions."""
 
+import asyncio
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
@@ -19,8 +21,8 @@ from opentelemetry.trace import SpanKind, StatusCode
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from aftercommit import Database, Retry, current_run, signals
-from aftercommit.errors import ConfigurationError
+from aftercommit import Database, PoolSettings, Retry, current_run, signals
+from aftercommit.errors import ConfigurationError, PoolExhausted
 from aftercommit.fastapi import AfterCommitDep, SessionDep, install
 from aftercommit.monitoring.opentelemetry import instrument, uninstrument
 from aftercommit.testing import replace
@@ -402,6 +404,89 @@ def test_tasks_are_counted_by_the_conventions(shop: Workshop, telemetry: Telemet
     everywhere = {key for name in ("messaging.client.sent.messages", "messaging.process.duration") for point in
                   telemetry.points(name) for key in point.attributes}  # fmt: skip
     assert "messaging.message.id" not in everywhere
+
+
+@pytest.mark.drivers("psycopg", "asyncpg")
+def test_connections_are_measured_by_the_conventions(database: DatabaseUnderTest, telemetry: Telemetry):
+    """Used and idle connections, the most that there may be, who waits, who waited in vain, and for how long."""
+    narrow = PoolSettings(pool_size=1, max_overflow=1, pool_timeout=0.05)
+    db = Database(database.url, pools={"request": narrow})
+    request = {"db_client_connection_pool_name": "request", "db_namespace": database.url.rpartition("/")[2]}
+
+    async def hold_all_and_wait() -> float:
+        async with db.async_session() as one, db.async_session() as two, db.async_session() as three:
+            await one.connection()
+            await two.connection()
+            used = telemetry.total("db.client.connection.count", db_client_connection_state="used", **request)
+            with pytest.raises(PoolExhausted):
+                await three.connection()
+        await db.async_dispose()
+        return used
+
+    def hold_and_wait() -> float:
+        with db.session() as one, db.session() as two, db.session() as three:
+            one.connection()
+            two.connection()
+            used = telemetry.total("db.client.connection.count", db_client_connection_state="used", **request)
+            with pytest.raises(PoolExhausted):
+                three.connection()
+        return used
+
+    with telemetry.on(db):
+        used = asyncio.run(hold_all_and_wait()) if database.is_async else hold_and_wait()
+
+        assert used == 2
+        assert telemetry.total("db.client.connection.count", db_client_connection_state="used", **request) == 0
+        assert telemetry.total("db.client.connection.max", **request) == 2
+        assert telemetry.total("db.client.connection.pending_requests", **request) == 0
+        assert telemetry.total("db.client.connection.timeouts", **request) == 1
+        [waited] = telemetry.points("db.client.connection.wait_time")
+        assert (waited.count, waited.attributes) == (1, {"db.client.connection.pool.name": "request"})
+        assert waited.sum >= 0.05
+    db.dispose()
+
+
+def test_the_use_of_connections_is_measured(shop: Workshop, telemetry: Telemetry):
+    """For how long a task had its connection is told when it comes back."""
+    with telemetry.on(shop.db), shop.running():
+        shop.ask(shop.task()(effect), "a")
+        shop.drain()
+
+    [used] = [
+        point
+        for point in telemetry.points("db.client.connection.use_time")
+        if point.attributes == {"db.client.connection.pool.name": "default"}
+    ]
+    assert used.count == 1
+
+
+def test_what_is_queued_is_seen_of_all_processes(shop: Workshop, telemetry: Telemetry):
+    """What waits in the database, and how many processes run tasks, is measured for all of them."""
+    task = shop.task()(effect).with_options(delay=3600.0)
+    queued, workers = "aftercommit.cluster.tasks.queued", "aftercommit.cluster.workers"
+    with telemetry.on(shop.db), shop.running():
+        shop.ask(task, "a")
+        runner = shop.db.runner
+        assert runner is not None
+        # The next look comes now, instead of in some seconds.
+        runner.rounds._sweep_begun = float("-inf")
+        runner.books.wake()
+        deadline = time.monotonic() + TIMEOUT
+        while not telemetry.total(queued, messaging_destination_name="effect"):
+            assert time.monotonic() < deadline
+
+        assert telemetry.total(queued, messaging_destination_name="effect") == 1
+        assert telemetry.total(workers) == 1
+
+
+def test_a_database_whose_url_is_not_known_yet_has_nothing_to_measure(telemetry: Telemetry):
+    """Collecting metrics does not call the function that returns the URL: nothing is open before it was called."""
+
+    def url() -> str:
+        raise AssertionError("called too early")
+
+    with telemetry.on(Database(url)):
+        assert telemetry.points("db.client.connection.max") == []
 
 
 # --- harm ---------------------------------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from opentelemetry.trace import Link, Span, SpanKind, Status, StatusCode
 
 from aftercommit import signals
 from aftercommit.errors import ConfigurationError
+from aftercommit.monitoring.opentelemetry_pools import BUCKETS, PoolMetrics
 from aftercommit.runner.around import Seen, unwatch, watch
 from aftercommit.tasks.context import hand_over_in
 
@@ -49,8 +50,6 @@ _ERROR: Final = "error.type"
 _POOL: Final = "messaging.aftercommit.pool"
 _ATTEMPT: Final = "messaging.aftercommit.attempt"
 _REPEATS: Final = "messaging.aftercommit.repeats"
-_BUCKETS: Final = (0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0)
-"""Seconds; what the conventions advise for durations of messaging and of database clients alike."""
 
 _lock = threading.Lock()
 _running: _Instrumentation | None = None
@@ -135,18 +134,19 @@ class _Instrumentation:
             "messaging.process.duration",
             "s",
             "From the start of a run to the record of its end.",
-            explicit_bucket_boundaries_advisory=_BUCKETS,
+            explicit_bucket_boundaries_advisory=BUCKETS,
         )
         self._waited = meter.create_histogram(
             "aftercommit.task.wait_time",
             "s",
             "From when a task was due to its start.",
-            explicit_bucket_boundaries_advisory=_BUCKETS,
+            explicit_bucket_boundaries_advisory=BUCKETS,
         )
         self._counters = {
             kind: meter.create_counter(f"aftercommit.{name}", unit, description)
             for kind, name, unit, description in _COUNTED
         }
+        self._pools = PoolMetrics(databases, meter)
         self._subscribers: dict[type[signals.Signal], Callable[[Any], None]] = {
             signals.TasksHandedOver: self._handed_over,
             signals.TaskStarted: self._started,
@@ -157,6 +157,7 @@ class _Instrumentation:
             signals.ClaimLost: self._claim_lost,
             signals.TasksLost: self._lost,
             signals.TasksRescued: self._rescued,
+            **self._pools.subscribers,
         }
 
     def start(self) -> None:
@@ -166,6 +167,7 @@ class _Instrumentation:
         hand_over_in(self._create)
 
     def stop(self) -> None:
+        self._pools.databases = ()
         hand_over_in(None)
         unwatch(self._process)
         for subscriber in self._subscribers.values():
