@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import httpx
 import pytest
+import sqlalchemy as sa
 from fastapi import FastAPI
 from opentelemetry import trace
 from opentelemetry.sdk.metrics import MeterProvider
@@ -149,8 +150,6 @@ def test_a_run_is_a_span_below_its_hand_over_and_linked_to_it(shop: Workshop, te
 
 def test_the_commit_is_inside_of_the_span(shop: Workshop, telemetry: Telemetry):
     """The run's span ends after its commit: what the database is asked for by then is below it."""
-    import sqlalchemy as sa
-
     seen: list[int] = []
 
     @sa.event.listens_for(sa.Engine, "commit")
@@ -496,9 +495,11 @@ class Broken(SpanProcessor):
     """A processor that fails at both ends of a span."""
 
     def on_start(self, *_: Any, **__: Any) -> NoReturn:
+        """Fail."""
         raise RuntimeError("the tracer is broken")
 
     def on_end(self, *_: Any, **__: Any) -> NoReturn:
+        """Fail."""
         raise RuntimeError("the tracer is broken")
 
 
@@ -506,6 +507,7 @@ class BrokenAtTheEnd(SpanProcessor):
     """A processor that fails when a span ends."""
 
     def on_end(self, *_: Any, **__: Any) -> NoReturn:
+        """Fail."""
         raise RuntimeError("the tracer is broken")
 
 
@@ -513,6 +515,7 @@ class BrokenExporter(SpanExporter):
     """An exporter that fails."""
 
     def export(self, *_: Any, **__: Any) -> SpanExportResult:
+        """Fail."""
         raise RuntimeError("the exporter is broken")
 
 
