@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
+from uuid import UUID
 
 import httpx
 import pytest
@@ -265,6 +266,31 @@ def test_another_process_goes_on_with_the_trace(shop: Workshop, telemetry: Telem
     assert shop.record(id).state == "succeeded"
     assert [link.context.span_id for link in process.links] == [create.context.span_id]
     assert process.context.trace_id == telemetry.named("request")[0].context.trace_id
+
+
+def test_a_rescued_task_goes_on_with_the_trace(database: DatabaseUnderTest, telemetry: Telemetry):
+    """The tasks of a worker that died are run by another one, as their next attempt, in the same trace."""
+    shop = Workshop(database, heartbeat=0.1, silent_after=0.5)
+    work = shop.task()(effect)
+    with telemetry.on(), Heard(signals.TasksRescued) as heard:
+        id = ask_where_nothing_runs(shop, telemetry, work)
+        # As a process leaves it that dies in the middle of the run.
+        shop.sql(
+            "UPDATE aftercommit_task SET state = 'running', attempt = 1, claims = 1, worker = :worker",
+            worker=UUID(int=7).hex,
+        )
+        with shop.running():
+            rescued = heard.wait(signals.TasksRescued)
+            shop.drain()
+    shop.close()
+
+    [create], [process] = telemetry.named("create effect"), telemetry.named("process effect")
+    assert rescued.requeued == (id,)
+    assert process.attributes is not None
+    assert process.attributes["messaging.aftercommit.attempt"] == 2
+    assert [link.context.span_id for link in process.links] == [create.context.span_id]
+    assert process.context.trace_id == create.context.trace_id
+    assert telemetry.total("aftercommit.tasks.rescued") == 1
 
 
 def ask_where_nothing_runs(shop: Workshop, telemetry: Telemetry, task: Any) -> Any:
@@ -542,6 +568,7 @@ def test_a_tracer_that_fails_harms_no_task(shop: Workshop, broken: Any, caplog: 
     assert shop.effects() == ["a", "b"]
     assert sorted(record.state for record in shop.records()) == ["failed", "succeeded", "succeeded"]
     assert any("is broken" in str(record.exc_info) for record in caplog.records)
+    assert not [record for record in caplog.records if "error of the library" in record.getMessage()]
 
 
 def test_instrumenting_twice_is_refused(telemetry: Telemetry):
