@@ -19,6 +19,7 @@ from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
+from aftercommit import signals
 from aftercommit.batches import BatchReport
 from aftercommit.errors import (
     ConfigurationError,
@@ -388,7 +389,7 @@ class Database:
             handed=handed,
             handle=handle,
             parent=None if run is None else run.id,
-            context=carried.capture(),
+            context=carried.capture(task.name, handle.id, task.settings.pool),
             event=event,
         )
         wait_for_commit(plain, self.outbox, entry, bind)
@@ -716,6 +717,10 @@ class Database:
         if not done:
             wanted = "queued or running" if verb == "cancel" else "failed or cancelled"
             raise TaskStateError(f"Cannot {verb} {id}: there is no task of this id that is {wanted}.")
+        if verb == "cancel":
+            signals.emit(signals.TasksCancelled(ids=(id,)))
+        else:
+            signals.emit(signals.TasksRequeued(ids=(id,), reason="db.retry"))
         runner = self.outbox.runner
         if verb == "cancel" and runner is not None:
             runner.cancelled(id)

@@ -24,9 +24,17 @@ if TYPE_CHECKING:
     from uuid import UUID
 
 __all__ = [
+    "ClaimLost",
+    "ConnectionAwaited",
     "ConnectionHeld",
     "ConnectionReturned",
+    "ConnectionUsed",
+    "DatabaseDown",
+    "DatabaseUp",
     "LoopBlocked",
+    "PoolPaused",
+    "PoolRanDry",
+    "PoolResumed",
     "RunSignal",
     "Signal",
     "TaskFailed",
@@ -34,14 +42,17 @@ __all__ = [
     "TaskRetried",
     "TaskStarted",
     "TaskSucceeded",
+    "TasksCancelled",
     "TasksHandedOver",
     "TasksLost",
+    "TasksRequeued",
     "TasksRescued",
     "WorkerStarted",
     "WorkerStopped",
     "emit",
     "subscribe",
     "unsubscribe",
+    "wanted",
 ]
 
 logger = logging.getLogger(__name__)
@@ -54,15 +65,17 @@ class Signal:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TasksHandedOver(Signal):
-    """Tasks of one transaction were committed.
+    """Tasks of one transaction were committed; those whose key was queued already are not among them.
 
     Attributes:
         tasks: Their names.
         ids: Their ids, in the same order.
+        pools: The pools they run in, in the same order.
     """
 
     tasks: tuple[str, ...]
     ids: tuple[UUID, ...]
+    pools: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,6 +172,41 @@ class TaskGivenBack(RunSignal):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClaimLost(RunSignal):
+    """A run found its record in other hands: rescued, or cancelled. It was rolled back.
+
+    Attributes:
+        seconds: From its start here until it was noticed.
+    """
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TasksCancelled(Signal):
+    """Tasks were cancelled from this process; a run of one, wherever it is, ends with ``ClaimLost``.
+
+    Attributes:
+        ids: Their ids.
+    """
+
+    ids: tuple[UUID, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TasksRequeued(Signal):
+    """Tasks were queued once more from this process, and not by a run of theirs.
+
+    Attributes:
+        ids: Their ids.
+        reason: Why, in words.
+    """
+
+    ids: tuple[UUID, ...]
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TasksRescued(Signal):
     """Tasks of silent workers were given to others.
 
@@ -198,6 +246,67 @@ class WorkerStopped(Signal):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DatabaseDown(Signal):
+    """The bookkeeping of this process cannot work on the database; told once, until it can again.
+
+    Attributes:
+        error: The exception.
+    """
+
+    error: BaseException
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DatabaseUp(Signal):
+    """The database answers again.
+
+    Attributes:
+        seconds: For how long it did not.
+    """
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolPaused(Signal):
+    """This process has noticed that a pool is paused: it starts no more tasks of it.
+
+    Attributes:
+        pool: Its name.
+    """
+
+    pool: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolResumed(Signal):
+    """This process has noticed that a pool was resumed.
+
+    Attributes:
+        pool: Its name.
+    """
+
+    pool: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PoolRanDry(Signal):
+    """Somebody waited for a connection in vain, and was given ``PoolExhausted``.
+
+    Attributes:
+        pool: The pool.
+        seconds: For how long he waited.
+        held: How many connections are in use.
+        waiting: How many others are waiting.
+    """
+
+    pool: str
+    seconds: float
+    held: int
+    waiting: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionHeld(Signal):
     """A connection has been held for longer than its pool allows; told once.
 
@@ -230,6 +339,34 @@ class ConnectionReturned(Signal):
 
     pool: str
     owner: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionAwaited(Signal):
+    """Somebody had to wait for a connection, and has one now, or has given up; told only where somebody listens.
+
+    Attributes:
+        pool: The pool it belongs to.
+        seconds: For how long he waited.
+    """
+
+    pool: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionUsed(Signal):
+    """A request or a task gave its connection back; told only where somebody listens.
+
+    Attributes:
+        pool: The pool it belongs to.
+        kind: Who had it: ``"request"`` or ``"task"``.
+        seconds: For how long.
+    """
+
+    pool: str
+    kind: str
     seconds: float
 
 
@@ -269,6 +406,11 @@ def unsubscribe(function: Callable[[Any], None]) -> None:
     with _lock:
         for kind, functions in list(_subscribers.items()):
             _subscribers[kind] = tuple(each for each in functions if each != function)
+
+
+def wanted(kind: type[Signal]) -> bool:
+    """Whether anybody listens to signals of *kind*: what is told very often is not even put together for nobody."""
+    return any(_subscribers.get(each) for each in kind.__mro__[:-1])
 
 
 def emit(signal: Signal) -> None:

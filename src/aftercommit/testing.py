@@ -24,6 +24,7 @@ from aftercommit.errors import ConfigurationError, LostClaim
 from aftercommit.pools import sqlite
 from aftercommit.records import moves, schema
 from aftercommit.records.ids import uuid7
+from aftercommit.runner.around import around
 from aftercommit.runner.ending import End, Gone, async_end, end
 from aftercommit.runner.run import Run
 from aftercommit.runner.shells import try_async, try_sync
@@ -148,9 +149,11 @@ class Tasks:
         run = self._taken(pending)
         if run.claim is not None and not self.call(self._claiming(run)):
             return False
-        error = try_sync(run, self)
+        with around(run):
+            error = try_sync(run, self)
+            if error is not None:
+                end(run, error, _step_after(error), self)
         if error is not None:
-            end(run, error, _step_after(error), self)
             raise error
         return True
 
@@ -164,9 +167,11 @@ class Tasks:
         run = self._taken(pending)
         if run.claim is not None and not await self.async_call(self._claiming(run)):
             return False
-        error = await try_async(run, self)
+        with around(run):
+            error = await try_async(run, self)
+            if error is not None:
+                await async_end(run, error, _step_after(error), self)
         if error is not None:
-            await async_end(run, error, _step_after(error), self)
             raise error
         return True
 

@@ -10,9 +10,14 @@ from typing import Any
 
 import pytest
 import typer.main
+from opentelemetry.sdk.metrics import MeterProvider
+from opentelemetry.sdk.metrics.export import InMemoryMetricReader
+from prometheus_client import CollectorRegistry
 
 import aftercommit
 import aftercommit.fastapi
+import aftercommit.monitoring.logging
+import aftercommit.monitoring.opentelemetry
 import aftercommit.testing
 from aftercommit import (
     ClusterStats,
@@ -33,6 +38,7 @@ from aftercommit import (
     signals,
 )
 from aftercommit.cli.commands import app
+from aftercommit.monitoring import prometheus
 from tests.docs.pages import PAGES, ROOT, Page
 
 DOCS = ROOT / "docs"
@@ -157,6 +163,10 @@ def test_index_of_errors_is_complete() -> None:
         ("testing", set(aftercommit.testing.__all__) | parameters(aftercommit.testing.replace)),
         ("testing", members(aftercommit.testing.PendingTask) - {"as_run"}),
         ("signals", set(signals.__all__)),
+        ("monitoring", set(aftercommit.monitoring.logging.__all__)),
+        ("monitoring", {"create", "process"} | parameters(aftercommit.monitoring.opentelemetry.instrument)),
+        ("monitoring", set(prometheus.__all__)),
+        ("monitoring", parameters(prometheus.metrics_router)),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -176,6 +186,62 @@ def test_signals_are_listed_with_all_their_fields() -> None:
     }
 
     assert {name: set(re.findall(r"`(\w+)`:", fields)) for name, fields in rows.items()} == own
+
+
+def test_metrics_of_prometheus_are_listed_with_their_labels() -> None:
+    """Every family that a scrape shows stands in the reference with its labels, and none that does not."""
+    registry = CollectorRegistry()
+    db = Database("sqlite:///unused.db")
+    prometheus.instrument(db, registry=registry)
+    exporter = prometheus._exporters[registry]
+    # As a counter is called in a scrape.
+    shown = {
+        family.name + ("_total" if family.type == "counter" else "")
+        for family in (*exporter.collect(), *prometheus._of_clusters([]))
+    }
+    prometheus.uninstrument(registry=registry)
+
+    rows = re.findall(r"^\| ((?:`aftercommit_\w+`(?:, )?)+) \|([^|]*)\|", reference("monitoring"), re.MULTILINE)
+    listed = {name for names, _ in rows for name in re.findall(r"`(\w+)`", names)}
+
+    assert listed == shown
+    assert {label for _, labels in rows for label in re.findall(r"`(\w+)`", labels)} == {
+        *("database", "outcome", "pool", "state", "task"),
+    }
+
+
+def test_metrics_of_opentelemetry_are_listed_with_their_units() -> None:
+    """Every instrument that is made stands in the reference with its unit, and none that is not."""
+    reader = InMemoryMetricReader()
+    made: dict[str, str] = {}
+
+    class Noting(MeterProvider):
+        def get_meter(self, *args: Any, **kwargs: Any) -> Any:
+            meter = super().get_meter(*args, **kwargs)
+            for kind in (
+                "counter",
+                "histogram",
+                "observable_counter",
+                "observable_gauge",
+                "observable_up_down_counter",
+            ):
+                setattr(meter, f"create_{kind}", noting(getattr(meter, f"create_{kind}")))
+            return meter
+
+    def noting(create: Callable[..., Any]) -> Callable[..., Any]:
+        def note(*args: Any, **kwargs: Any) -> Any:
+            instrument = create(*args, **kwargs)
+            made[instrument.name] = instrument.unit
+            return instrument
+
+        return note
+
+    aftercommit.monitoring.opentelemetry.instrument(meter_provider=Noting([reader]))
+    aftercommit.monitoring.opentelemetry.uninstrument()
+
+    section = reference("monitoring").partition("| metric | unit | |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| ((?:`[\w.]+`(?:, )?)+) \| `([^`]+)` \|", section, re.MULTILINE)
+    assert {name: unit for names, unit in rows for name in re.findall(r"`([\w.]+)`", names)} == made
 
 
 def test_public_names_are_documented() -> None:

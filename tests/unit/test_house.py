@@ -29,7 +29,7 @@ FLOORS = (
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # fastapi.py, and pages meant to be mounted.
-MAY_IMPORT_FASTAPI = {"fastapi.py"}
+MAY_IMPORT_FASTAPI = {"fastapi.py", "monitoring/prometheus.py"}
 
 OPTIONAL = {
     *("aiosqlite", "anyio", "asyncpg", "fastapi", "opentelemetry", "prometheus_client", "psycopg"),

@@ -16,6 +16,9 @@ PUBLIC = {
         "AfterCommit", "AfterCommitDep", "AsyncSessionDep", "SessionDep", "after_commit_of", "async_session_of",
         "get_after_commit", "get_async_session", "get_session", "install", "session_of",
     },
+    "aftercommit.monitoring.logging": {"TaskContextFilter", "carry", "log_signals"},
+    "aftercommit.monitoring.opentelemetry": {"instrument", "uninstrument"},
+    "aftercommit.monitoring.prometheus": {"instrument", "metrics_router", "uninstrument"},
     "aftercommit.testing": {"PendingTask", "Tasks", "replace"},
 }  # fmt: skip
 

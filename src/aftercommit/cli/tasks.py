@@ -14,6 +14,7 @@ from rich.markup import escape
 from rich.table import Table
 from sqlalchemy import Select, func, select
 
+from aftercommit import signals
 from aftercommit.cli.target import DatabaseOption, fail, in_session, load
 from aftercommit.records import moves
 from aftercommit.records.tables import TaskRecord
@@ -173,6 +174,7 @@ def _move(  # noqa: PLR0917  # two commands share it
         return {each: move(connection, each) for each in chosen}
 
     done = in_session(database, act)
+    _tell(verb, tuple(each for each, moved in done.items() if moved))
     left = [str(each) for each, moved in done.items() if not moved]
     if as_json:
         _print_json({"done": [str(each) for each, moved in done.items() if moved], "left": left})
@@ -182,6 +184,14 @@ def _move(  # noqa: PLR0917  # two commands share it
             typer.secho(f"{each} is not {' or '.join(states)}, or does not exist", fg=typer.colors.YELLOW, err=True)
     if left:
         raise typer.Exit(1)
+
+
+def _tell(verb: str, ids: tuple[UUID, ...]) -> None:
+    """What the application's own module has subscribed to hears of it, as from ``db.cancel`` and ``db.retry``."""
+    if ids and verb == "cancel":
+        signals.emit(signals.TasksCancelled(ids=ids))
+    elif ids:
+        signals.emit(signals.TasksRequeued(ids=ids, reason="aftercommit tasks retry"))
 
 
 def _filtered(

@@ -1,15 +1,44 @@
-"""Tells the log what happens to tasks: every failure once, with its name, id and attempt."""
+"""Tells the log what happens to tasks, and every line that a task writes whose it is.
+
+```python
+handler = logging.StreamHandler()
+handler.addFilter(TaskContextFilter())
+handler.setFormatter(logging.Formatter("%(levelname)s %(task)s %(task_id)s %(attempt)s %(message)s"))
+```
+
+Users of structlog need none of this: ``task``, ``task_id`` and ``attempt`` are among its context variables while a
+task runs, with what the request had bound.
+"""
 
 from __future__ import annotations
 
 import logging
 
 from aftercommit import signals
+from aftercommit.tasks.context import carry
+from aftercommit.tasks.current import current_run
 
-__all__ = ["log_signals"]
+__all__ = ["TaskContextFilter", "carry", "log_signals"]
 
 logger = logging.getLogger("aftercommit.tasks")
 pools = logging.getLogger("aftercommit.pools")
+
+
+class TaskContextFilter(logging.Filter):
+    """Gives every record ``task``, ``task_id`` and ``attempt``, so that a format may name them; it keeps all records.
+
+    Add it to handlers: a filter of a logger does not see what other loggers pass on. Outside of tasks the three are
+    None. Lines of ``aftercommit.tasks`` have them already.
+    """
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Say whose record it is."""
+        if not hasattr(record, "task_id"):
+            run = current_run()
+            record.task = None if run is None else run.name
+            record.task_id = None if run is None else str(run.id)
+            record.attempt = None if run is None else run.attempt
+        return True
 
 
 def log_signals() -> None:
@@ -49,6 +78,9 @@ def _given_back(signal: signals.TaskGivenBack) -> None:
 
 
 def _succeeded(signal: signals.TaskSucceeded) -> None:
+    if not logger.isEnabledFor(logging.DEBUG):
+        # Asked here, because what follows would be put together for nobody, with each task.
+        return
     logger.debug(
         "Task %r (%s, attempt %d) succeeded after %.3f s", signal.task, signal.id, signal.attempt, signal.seconds,
         extra=_extra(signal),
@@ -56,6 +88,8 @@ def _succeeded(signal: signals.TaskSucceeded) -> None:
 
 
 def _started(signal: signals.TaskStarted) -> None:
+    if not logger.isEnabledFor(logging.DEBUG):
+        return
     logger.debug(
         "Task %r (%s, attempt %d) starts, %.3f s after it was due", signal.task, signal.id, signal.attempt,
         signal.waited, extra=_extra(signal),

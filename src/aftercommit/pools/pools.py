@@ -196,6 +196,13 @@ class Pools:
         return "<callable>" if self._flavours is None else render(self._flavours.given)
 
     @property
+    def namespace(self) -> str | None:
+        """What to call the database among others: its name, or its file's; None while a callable was not called."""
+        if self._flavours is None:
+            return None
+        return (self._flavours.given.database or "").rpartition("/")[2] or "memory"
+
+    @property
     def is_sqlite(self) -> bool:
         """Whether this is a SQLite database."""
         return is_sqlite(self.flavours.given)

@@ -33,6 +33,7 @@ __all__ = [
 ]
 
 _HOLD: Final = "aftercommit.hold"
+_ALWAYS_ENDED: Final = frozenset({"request", "task"})
 _SHOWN: Final = 10
 _STATEMENT: Final = 200
 
@@ -153,9 +154,18 @@ class Register:
     def _returned(self, _connection: DBAPIConnection | None, record: Any) -> None:
         record.record_info.pop(_HOLD, None)
         hold = self._holds.pop(record, None)
-        if hold is not None and hold.reported:
+        if hold is None:
+            return
+        if hold.reported:
             seconds = time.monotonic() - hold.since
             signals.emit(signals.ConnectionReturned(pool=self.pool, owner=str(hold.owner), seconds=seconds))
+        if signals.wanted(signals.ConnectionUsed):
+            # What is left to the garbage collector comes back at any moment, in the middle of a subscriber holding a
+            # lock of its own: sessions of requests and tasks are always ended.
+            kind = getattr(hold.owner, "kind", None)
+            if kind in _ALWAYS_ENDED:
+                seconds = time.monotonic() - hold.since
+                signals.emit(signals.ConnectionUsed(pool=self.pool, kind=kind, seconds=seconds))
 
     def _detached(self, _connection: DBAPIConnection, record: Any) -> None:
         # Whoever has it keeps it, but it is the pool's no longer. If the place has been taken again meanwhile, with a
@@ -175,7 +185,10 @@ class Register:
         finally:
             with self._lock:
                 self.waiting -= 1
-            self.waits.add(time.monotonic() - since)
+            seconds = time.monotonic() - since
+            self.waits.add(seconds)
+            if signals.wanted(signals.ConnectionAwaited):
+                signals.emit(signals.ConnectionAwaited(pool=self.pool, seconds=seconds))
 
 
 class _Explaining(QueuePool):
@@ -202,7 +215,16 @@ class _Explaining(QueuePool):
         except PoolTimeoutError as exc:
             if register is None:
                 raise
-            raise register.exhausted(self, self.timeout()) from exc
+            error = register.exhausted(self, self.timeout())
+            signals.emit(
+                signals.PoolRanDry(
+                    pool=register.pool,
+                    seconds=self.timeout(),
+                    held=len(register.holds()),
+                    waiting=max(0, register.waiting - 1),
+                )
+            )
+            raise error from exc
 
 
 class ExplainingPool(_Explaining):

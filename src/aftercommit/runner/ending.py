@@ -20,7 +20,7 @@ from aftercommit.errors import LostClaim, PayloadError, RowGone, WorkerLost
 from aftercommit.records import moves
 from aftercommit.runner.bookkeeper import BooksClosed
 from aftercommit.runner.run import Run, failure_of, now
-from aftercommit.tasks.context import restored
+from aftercommit.tasks.context import logged
 from aftercommit.tasks.current import as_current
 from aftercommit.tasks.retry import Again, GiveUp, decide
 from aftercommit.tasks.transient import Fault, fault_of
@@ -211,6 +211,7 @@ def succeeded(run: Run) -> None:
 def lost(run: Run) -> None:
     """Tell of it."""
     logger.warning("%s", run.lost())
+    signals.emit(signals.ClaimLost(**run.facts(), seconds=run.seconds))
 
 
 # --- recording, sync and async ----------------------------------------------------------------------------------
@@ -392,7 +393,7 @@ def _call_on_failure(run: Run, error: BaseException, ground: Ground) -> bool | N
     on_failure = run.task.settings.on_failure
     assert on_failure is not None  # noqa: S101  # asked by the caller
     try:
-        with ground.sessions.scope(run.pool, run.owner) as session, restored(run.context), as_current(run.current):
+        with ground.sessions.scope(run.pool, run.owner) as session, logged(run.current), as_current(run.current):
             if not _write_failure(session.connection(), run, error):
                 return False
             args, kwargs = run.task.arguments.load(session, run.arguments, run_id=run.id)
@@ -420,7 +421,7 @@ async def _async_call_on_failure(run: Run, error: BaseException, ground: Ground)
     assert on_failure is not None  # noqa: S101  # asked by the caller
     try:
         async with ground.sessions.async_scope(run.pool, run.owner) as session:
-            with restored(run.context), as_current(run.current):
+            with logged(run.current), as_current(run.current):
                 if not await session.run_sync(lambda sync: _write_failure(sync.connection(), run, error)):
                     return False
                 args, kwargs = await session.run_sync(run.task.arguments.load, run.arguments, run_id=run.id)

@@ -154,11 +154,15 @@ class Outbox:
         """Start what was reserved; let the runner know of the rest."""
         for entry in entries:
             entry.handle.created = entry.written or not entry.task.settings.durable
-        signals.emit(
-            signals.TasksHandedOver(
-                tasks=tuple(entry.name for entry in entries), ids=tuple(entry.id for entry in entries)
+        new = [entry for entry in entries if entry.handle.created]
+        if new:
+            signals.emit(
+                signals.TasksHandedOver(
+                    tasks=tuple(entry.name for entry in new),
+                    ids=tuple(entry.id for entry in new),
+                    pools=tuple(entry.task.settings.pool for entry in new),
+                )
             )
-        )
         if self.started is not None:
             self.started(entries)
             return

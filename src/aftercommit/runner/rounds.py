@@ -92,6 +92,7 @@ class Rounds:
         self._loop_seen = time.monotonic()
         self._loop_asked = False
         self._is_down = False
+        self._down_since = 0.0
         self.has_left = False
         """Whether this worker has signed off: a heartbeat after that would enter it among the workers again."""
 
@@ -197,12 +198,15 @@ class Rounds:
             return
         if not self._is_down:
             self._is_down = True
+            self._down_since = time.monotonic()
             logger.error("The bookkeeping cannot work on the database; it tries again until it can", exc_info=error)
+            signals.emit(signals.DatabaseDown(error=error))
 
     def _note_up(self) -> None:
         if self._is_down:
             self._is_down = False
             logger.warning("The database answers again")
+            signals.emit(signals.DatabaseUp(seconds=time.monotonic() - self._down_since))
             # What happened meanwhile, nobody told us.
             for lane in self._runner.lanes.values():
                 lane.expect()
@@ -248,12 +252,15 @@ class Rounds:
             if not records:
                 continue
 
-            def release(connection: Connection, *, records: frozenset[UUID] = records, refund: bool = refund) -> int:
-                return len(workers.release_orphans(connection, runner.id, records, refund=refund))
+            def release(
+                connection: Connection, *, records: frozenset[UUID] = records, refund: bool = refund
+            ) -> list[UUID]:
+                return workers.release_orphans(connection, runner.id, records, refund=refund)
 
             released = runner.books.execute(release)
             if released:
-                logger.warning("%d task(s) said that this worker runs them and it did not; queued again", released)
+                logger.warning("%d task(s) said that this worker runs them and it did not; queued again", len(released))
+                signals.emit(signals.TasksRequeued(ids=tuple(released), reason="this worker did not run them"))
                 for lane in runner.lanes.values():
                     lane.expect()
         self._left &= orphans

@@ -17,6 +17,7 @@ from aftercommit import signals
 from aftercommit.errors import ConfigurationError, TaskTimeout
 from aftercommit.records import moves, notifying, workers
 from aftercommit.records.ids import uuid7
+from aftercommit.runner.around import around
 from aftercommit.runner.bookkeeper import Bookkeeper
 from aftercommit.runner.ending import end, judge
 from aftercommit.runner.lanes import Lane
@@ -363,8 +364,10 @@ class Runner:
 
                 self.books.execute(write)
                 self._let_go(run)
+            signals.emit(signals.PoolPaused(pool=lane.name))
         elif lane.is_paused and not paused:
             lane.resume()
+            signals.emit(signals.PoolResumed(pool=lane.name))
 
     # --- running ------------------------------------------------------------------------------------------------
 
@@ -446,7 +449,8 @@ class Runner:
     def _record_overrun(self, run: Run) -> None:
         error = run.abandoned if isinstance(run.abandoned, TaskTimeout) else run.overdue()
         try:
-            end(run, error, judge(run, error), self)
+            with around(run, watched=False):
+                end(run, error, judge(run, error), self)
             # What it was given is still used by the thread that hangs, so the run is not closed.
             self.held.pop(run.id, None)
         finally:

@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from aftercommit.errors import TaskTimeout
 from aftercommit.records import moves
+from aftercommit.runner.around import around
 from aftercommit.runner.ending import (
     Bookkeeping,
     End,
@@ -31,7 +32,7 @@ from aftercommit.runner.ending import (
     worn_out,
 )
 from aftercommit.runner.run import Run
-from aftercommit.tasks.context import restored
+from aftercommit.tasks.context import logged
 from aftercommit.tasks.current import as_current
 from aftercommit.tasks.retry import Again, GiveUp
 from aftercommit.tasks.transient import Fault, describe, fault_of
@@ -60,6 +61,11 @@ def run_sync(run: Run, ground: Worker, *, ask_first: bool = False) -> None:
         ground: What it stands on.
         ask_first: Whether this worker was silent for so long that the claim may be somebody else's by now.
     """
+    with around(run):
+        _run_sync(run, ground, ask_first=ask_first)
+
+
+def _run_sync(run: Run, ground: Worker, *, ask_first: bool) -> None:
     ended = _ended_before(run)
     if ended is not None:
         end(run, *ended, ground)
@@ -95,7 +101,7 @@ def try_sync(run: Run, ground: Ground) -> BaseException | None:
     session = scope.session
     try:
         run.prepare(session)
-        with restored(run.context), as_current(run.current):
+        with logged(run.current), as_current(run.current):
             args, kwargs = run.task.arguments.load(session, run.arguments, run_id=run.id)
             result = run.task.function(*_with_session(run, session, args), **kwargs)
             run.finish_with(result)
@@ -110,7 +116,7 @@ def try_sync(run: Run, ground: Ground) -> BaseException | None:
 def _try_without_session(run: Run, ground: Ground) -> BaseException | None:
     """Run a ``def`` task that takes no session, where the URL's driver has no sync flavour."""
     try:
-        with restored(run.context), as_current(run.current):
+        with logged(run.current), as_current(run.current):
             args, kwargs = run.task.arguments.load(None, run.arguments, run_id=run.id)
             result = run.task.results.store(run.task.function(*args, **kwargs), task=run.name)
         _finish_without_session(run, result, ground)
@@ -138,6 +144,11 @@ async def run_async(run: Run, ground: Worker, *, ask_first: bool = False) -> Non
         ground: What it stands on.
         ask_first: Whether this worker was silent for so long that the claim may be somebody else's by now.
     """
+    with around(run):
+        await _run_async(run, ground, ask_first=ask_first)
+
+
+async def _run_async(run: Run, ground: Worker, *, ask_first: bool) -> None:
     ended = _ended_before(run)
     if ended is not None:
         await _settle(run, *ended, ground)
@@ -180,7 +191,7 @@ async def try_async(run: Run, ground: Ground) -> BaseException | None:
     limit: asyncio.Timeout | None = None
     try:
         run.prepare(session.sync_session)
-        with restored(run.context), as_current(run.current):
+        with logged(run.current), as_current(run.current):
             async with asyncio.timeout(run.task.settings.timeout) as limit:
                 args, kwargs = await session.run_sync(run.task.arguments.load, run.arguments, run_id=run.id)
                 result = await run.task.function(*_with_session(run, session, args), **kwargs)

@@ -1,0 +1,1 @@
+"""What logs, traces and metrics add to a task."""
