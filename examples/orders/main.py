@@ -69,12 +69,13 @@ def download_bad_lines(file_id: int) -> Response:
     """Give all bad lines of a file, with what is wrong with them."""
 
     def rows() -> Iterator[str]:
-        # The answer is still being sent when the request's session has ended, so this takes one of its own.
+        yield "line,reason,text\n"
+        query = select(BadLine).where(BadLine.file_id == file_id).order_by(BadLine.line)
+        # The request's session has ended when the answer is still being sent, so this takes one of its own.
         with db.session() as session:
-            query = select(BadLine.line, BadLine.reason, BadLine.text).where(BadLine.file_id == file_id)
-            yield cells("line", "reason", "text")
-            for row in session.execute(query.order_by(BadLine.line), execution_options={"yield_per": 1_000}):
-                yield cells(*row)
+            for bad in session.scalars(query, execution_options={"yield_per": 1_000}):
+                quoted = ['"' + text.replace('"', '""') + '"' for text in (bad.reason, bad.text)]
+                yield f"{bad.line},{','.join(quoted)}\n"
 
     headers = {"Content-Disposition": f'attachment; filename="bad-lines-{file_id}.csv"'}
     return StreamingResponse(rows(), media_type="text/csv; charset=utf-8", headers=headers)
@@ -102,22 +103,14 @@ def kill() -> Response:
 
 def add_up(session: Session) -> dict[str, tuple[int, int, int]]:
     """Return orders, units and cents as the files hold them, and as each handler has counted them so far."""
-    # In one statement, so that all three are of the same moment.
-    kept = {
-        "files": (OrderFile, OrderFile.orders, OrderFile.units, OrderFile.cents),
-        "products": (Product, Product.orders, STOCK - Product.inventory, Product.cents),
-        "customers": (Customer, Customer.orders, Customer.units, Customer.cents),
+    counted = {
+        "files": (OrderFile.orders, OrderFile.units, OrderFile.cents),
+        "products": (Product.orders, STOCK - Product.inventory, Product.cents),
+        "customers": (Customer.orders, Customer.units, Customer.cents),
     }
-    sums = (
-        select(literal(name), *(func.coalesce(func.sum(column), 0) for column in columns)).select_from(table)
-        for name, (table, *columns) in kept.items()
-    )
-    return {name: tuple(map(int, found)) for name, *found in session.execute(union_all(*sums))}
-
-
-def cells(*values: object) -> str:
-    """Return one line of CSV."""
-    return ",".join('"' + str(value).replace('"', '""') + '"' for value in values) + "\r\n"
+    sums = (select(literal(name), *map(func.sum, columns)) for name, columns in counted.items())
+    # In one statement, so that all three are of the same moment.
+    return {name: tuple(int(each or 0) for each in found) for name, *found in session.execute(union_all(*sums))}
 
 
 def serve(listener: socket.socket) -> None:

@@ -53,12 +53,12 @@ class OrderFile(Base):
 
 
 class Order(Base):
-    """An order. Its number is unique: in however many files it stands, it counts once."""
+    """An order. Its number is unique, so that it counts once, in however many files it stands."""
 
     __tablename__ = "order_line"
     file_id: Mapped[int] = mapped_column(ForeignKey(OrderFile.id), primary_key=True)
     line: Mapped[int] = mapped_column(primary_key=True)
-    number: Mapped[str] = mapped_column(unique=True)
+    order: Mapped[str] = mapped_column(unique=True)
     ordered_on: Mapped[date]
     customer: Mapped[str]
     product: Mapped[str]

@@ -1,10 +1,8 @@
 """What happens after the commit: a file is worked through as a batch, and each of its orders is an event."""
 
-from datetime import date
-
 from models import STOCK, BadLine, Customer, Order, OrderFile, Product, db
 from pydantic import BaseModel
-from reading import BadFile, Line, Lines
+from reading import BadFile, Line, Lines, OrderLine
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
@@ -17,12 +15,7 @@ UNDAUNTED = Retry(attempts=100)
 class OrderCreated(BaseModel):
     """An order is there, for the first and only time."""
 
-    number: str
-    ordered_on: date
-    customer: str
-    product: str
-    quantity: int
-    cents: int
+    order: OrderLine
 
 
 def mark_failed(session: Session, error: BaseException, file: OrderFile) -> None:
@@ -46,13 +39,14 @@ def process_file(session: Session, file: OrderFile) -> None:
 
 def save_order(session: Session, line: Line) -> None:
     """Write one order as if it were the only one, and tell whom it may concern: the batch cares for the rest."""
-    found = line.order()
-    session.add(Order(file_id=line.file_id, line=line.number, **found))
+    order = line.order()
+    columns = order.model_dump(exclude={"unit_price"})
+    session.add(Order(file_id=line.file_id, line=line.number, cents=order.cents, **columns))
     file = session.get_one(OrderFile, line.file_id)
     file.orders += 1
-    file.units += found["quantity"]
-    file.cents += found["cents"]
-    db.publish(session, OrderCreated(**found))
+    file.units += order.quantity
+    file.cents += order.cents
+    db.publish(session, OrderCreated(order=order))
 
 
 def mark_bad(session: Session, line: Line, error: BaseException) -> None:
@@ -70,23 +64,25 @@ def mark_bad(session: Session, line: Line, error: BaseException) -> None:
 @db.on(OrderCreated, pool="events", retry=UNDAUNTED)
 def keep_inventory(session: Session, event: OrderCreated) -> None:
     """Take what was ordered out of the product's inventory."""
-    product = session.get(Product, event.product)
+    order = event.order
+    product = session.get(Product, order.product)
     if product is None:
-        product = Product(code=event.product, inventory=STOCK, orders=0, cents=0)
+        product = Product(code=order.product, inventory=STOCK, orders=0, cents=0)
         session.add(product)
-    product.inventory -= event.quantity
+    product.inventory -= order.quantity
     product.orders += 1
-    product.cents += event.cents
+    product.cents += order.cents
 
 
 @db.on(OrderCreated, pool="events", retry=UNDAUNTED)
 def keep_statistics(session: Session, event: OrderCreated) -> None:
     """Add the order to the customer's figures."""
-    customer = session.get(Customer, event.customer)
+    order = event.order
+    customer = session.get(Customer, order.customer)
     if customer is None:
-        customer = Customer(code=event.customer, orders=0, units=0, cents=0, last_order=event.ordered_on)
+        customer = Customer(code=order.customer, orders=0, units=0, cents=0, last_order=order.ordered_on)
         session.add(customer)
     customer.orders += 1
-    customer.units += event.quantity
-    customer.cents += event.cents
-    customer.last_order = max(customer.last_order, event.ordered_on)
+    customer.units += order.quantity
+    customer.cents += order.cents
+    customer.last_order = max(customer.last_order, order.ordered_on)

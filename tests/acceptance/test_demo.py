@@ -498,7 +498,7 @@ def test_demo_started_by_hand_prints_its_address(tmp_path: Path):
 
 
 def test_demo_stays_small():
-    """The code that people copy stays under 300 lines of Python, blank ones aside."""
+    """The code that people copy stays under 340 lines of Python, blank ones aside."""
     lines = [line for path in DEMO.glob("*.py") for line in path.read_text().splitlines() if line.strip()]
 
-    assert len(lines) < 300
+    assert len(lines) < 340
