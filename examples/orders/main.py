@@ -95,7 +95,6 @@ def list_customers(request: Request, session: SessionDep) -> Response:
     return pages.TemplateResponse(request, "customers.html", {"customers": customers, "totals": add_up(session)})
 
 
-@app.post("/kill")
 def kill() -> Response:
     """End this process as a power cut would, once the answer is on its way: a browser that got none would ask again."""
     return Response(status_code=204, background=BackgroundTask(os.kill, os.getpid(), signal.SIGKILL))
@@ -114,7 +113,8 @@ def add_up(session: Session) -> dict[str, tuple[int, int, int]]:
 
 
 def serve(listener: socket.socket) -> None:
-    """Serve until told to stop, and offer to be killed."""
+    """Serve until told to stop, and offer to be killed: here, another is started."""
+    app.post("/kill")(kill)
     pages.env.globals["is_restarted"] = True
     with suppress(KeyboardInterrupt):
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])

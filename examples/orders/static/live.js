@@ -46,7 +46,7 @@ function tellPace() {
     if (!(rate > 0)) continue
     const left = (bar.max - bar.value) / rate
     bar.parentElement.querySelector(".pace").textContent =
-      ` · ${Math.round(rate).toLocaleString("en")} lines/s · ${left < 90 ? Math.ceil(left) + " s" : Math.ceil(left / 60) + " min"} left`
+      ` · ${Math.round(rate).toLocaleString("en")}\xa0lines/s · ${left < 90 ? Math.ceil(left) + "\xa0s" : Math.ceil(left / 60) + "\xa0min"}\xa0left`
   }
 }
 
