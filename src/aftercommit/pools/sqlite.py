@@ -29,8 +29,9 @@ from aftercommit.pools.register import note_lock
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.pool import ConnectionPoolEntry
 
-__all__ = ["BUSY_TIMEOUT", "IMMEDIATE", "in_transaction", "set_up"]
+__all__ = ["BUSY_TIMEOUT", "IMMEDIATE", "be_impatient", "in_transaction", "set_up"]
 
 BUSY_TIMEOUT: Final = 10.0
 """Seconds that a connection waits for the write lock, unless ``connect_args`` say otherwise."""
@@ -59,6 +60,14 @@ def set_up(engine: Engine) -> None:
     event.listen(engine, "before_cursor_execute", _on_execute)
 
 
+def be_impatient(connection: DBAPIConnection, record: ConnectionPoolEntry, seconds: float) -> None:
+    """Have a new connection wait for less long, behind ``set_up``: *seconds* for its turn, and as long for the lock."""
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {seconds * 1000:.0f}")
+    cursor.close()
+    record.info[_PATIENCE] = seconds
+
+
 def in_transaction(connection: Connection) -> bool:
     """Whether SQLite itself is in a transaction on *connection*, whatever SQLAlchemy believes."""
     return bool(connection.connection.driver_connection.in_transaction)  # type: ignore[union-attr]
@@ -76,7 +85,7 @@ def needs_lock(statement: str) -> bool:
     return True
 
 
-def _on_connect(connection: DBAPIConnection, record: Any) -> None:
+def _on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
     # The driver's own transactions are off, however the connection was made.
     connection.isolation_level = None
     cursor = connection.cursor()
