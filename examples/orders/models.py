@@ -17,7 +17,7 @@ STOCK = 1_000_000  # units of a product, before anybody has ordered it
 db = Database(
     os.environ.get("AFTERCOMMIT_DEMO_URL", f"sqlite:///{DATA / 'orders.db'}"),
     # Connections and places of their own: files never wait for events, nor requests for either.
-    pools={"files": PoolSettings(pool_size=2), "events": PoolSettings(pool_size=2)},
+    pools={"files": PoolSettings(pool_size=2), "events": PoolSettings(pool_size=4)},
     heartbeat=1.0,
     silent_after=5.0,  # what a killed process was at goes on after five seconds instead of thirty
 )

@@ -62,9 +62,9 @@ class Totals:
 
 
 def many_orders(count: int, name: str = "N") -> str:
-    """Return a file with *count* lines, no two of them alike, and one in a hundred of them bad."""
+    """Return a file with *count* lines, no two alike, one in a hundred bad, and a product that many want at once."""
     lines = (
-        f"{name}-{n},2026-03-{n % 28 + 1:02},C-{n % 97},P-{n % 7},{'x' if n % 100 == 50 else n % 9 + 1},"
+        f"{name}-{n},2026-03-{n % 28 + 1:02},C-{n // 3 % 97},P-{n // 20 % 7},{'x' if n % 100 == 50 else n % 9 + 1},"
         f"{n % 50}.{n % 100:02}\n"
         for n in range(count)
     )
