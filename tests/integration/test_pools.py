@@ -2,6 +2,7 @@
 
 import asyncio
 import sqlite3
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -627,6 +628,49 @@ def test_a_lock_that_does_not_come_free_is_sqlalchemys_error(database: DatabaseU
         writer.close()
 
         assert bench.engine().pool.checkedout() == 0  # type: ignore[attr-defined]
+
+
+def test_who_waits_for_the_lock_comes_before_who_had_it(sqlite_url: str):
+    """One that commits and writes again at once does not keep the lock from a thread that waits for it."""
+    db = Database(sqlite_url)
+    with db.engine().begin() as connection:
+        connection.execute(text("CREATE TABLE entry (id INTEGER PRIMARY KEY, who TEXT)"))
+        connection.execute(text("CREATE TABLE work (done INTEGER)"))
+
+    def write(who: str) -> None:
+        with db.session() as session:
+            session.execute(text("INSERT INTO entry (who) VALUES (:who)"), {"who": who})
+
+    thread = threading.Thread(target=write, args=("waiting",))
+    with db.engine().connect() as connection:
+        connection.execute(text("INSERT INTO entry (who) VALUES ('first')"))
+        thread.start()
+        while not _is_in_the_driver(thread):
+            pass
+        # Enough work for SQLite to have looked a few times: it looks ever more rarely.
+        connection.execute(
+            text(
+                "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 500000) "
+                "INSERT INTO work SELECT max(i) FROM n"
+            )
+        )
+        connection.commit()
+        connection.execute(text("INSERT INTO entry (who) VALUES ('first again')"))
+        connection.commit()
+    thread.join()
+
+    with db.session() as session:
+        found = session.scalars(text("SELECT who FROM entry ORDER BY id")).all()
+    db.dispose()
+    assert found == ["first", "waiting", "first again"]
+
+
+def _is_in_the_driver(thread: threading.Thread) -> bool:
+    """Whether *thread* has given a statement to the driver and has no answer yet."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    while frame is not None and frame.f_code.co_name != "do_execute":
+        frame = frame.f_back
+    return frame is not None
 
 
 @pytest.mark.drivers("pysqlite")

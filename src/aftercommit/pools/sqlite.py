@@ -7,12 +7,17 @@ timeout. So the driver's own transactions are switched off here, and:
 - nothing is begun for reads;
 - ``BEGIN IMMEDIATE`` comes with the first write or savepoint, and waits its turn;
 - a task's transaction begins immediate at once, so that what it read is still true when it writes.
+
+SQLite itself knows no queue: who waits looks again after up to a tenth of a second, and one that commits and begins
+anew in the meantime never lets anybody in. So the threads of this process wait for their turn in one.
 """
 
 from __future__ import annotations
 
 import re
 import sqlite3
+import threading
+from collections import defaultdict
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,8 +29,9 @@ from aftercommit.pools.register import note_lock
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy.pool import ConnectionPoolEntry
 
-__all__ = ["BUSY_TIMEOUT", "IMMEDIATE", "in_transaction", "set_up"]
+__all__ = ["BUSY_TIMEOUT", "IMMEDIATE", "be_impatient", "in_transaction", "set_up"]
 
 BUSY_TIMEOUT: Final = 10.0
 """Seconds that a connection waits for the write lock, unless ``connect_args`` say otherwise."""
@@ -34,6 +40,9 @@ IMMEDIATE: Final = "aftercommit_immediate"
 """The execution option under which every transaction begins immediate."""
 
 _BEGIN: Final = "BEGIN IMMEDIATE"
+_PATIENCE: Final = "aftercommit_patience"
+_turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
+"""By file, held by the one thread of this process that asks SQLite for the write lock, until it has it."""
 _READS: Final = frozenset({"SELECT", "VALUES", "EXPLAIN"})
 # These cannot run inside a transaction, or manage one themselves.
 _OUTSIDE: Final = frozenset(
@@ -49,6 +58,14 @@ def set_up(engine: Engine) -> None:
     event.listen(engine, "begin", _on_begin)
     event.listen(engine, "savepoint", _on_savepoint)
     event.listen(engine, "before_cursor_execute", _on_execute)
+
+
+def be_impatient(connection: DBAPIConnection, record: ConnectionPoolEntry, seconds: float) -> None:
+    """Have a new connection wait for less long, behind ``set_up``: *seconds* for its turn, and as long for the lock."""
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {seconds * 1000:.0f}")
+    cursor.close()
+    record.info[_PATIENCE] = seconds
 
 
 def in_transaction(connection: Connection) -> bool:
@@ -68,7 +85,7 @@ def needs_lock(statement: str) -> bool:
     return True
 
 
-def _on_connect(connection: DBAPIConnection, _record: Any) -> None:
+def _on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
     # The driver's own transactions are off, however the connection was made.
     connection.isolation_level = None
     cursor = connection.cursor()
@@ -81,6 +98,8 @@ def _on_connect(connection: DBAPIConnection, _record: Any) -> None:
             if not any(word in str(exc) for word in ("locked", "readonly")):
                 raise
         cursor.execute("PRAGMA foreign_keys=ON")
+        cursor.execute("PRAGMA busy_timeout")
+        record.info[_PATIENCE] = cursor.fetchall()[0][0] / 1000
     finally:
         cursor.close()
 
@@ -110,14 +129,22 @@ def _on_execute(
 def _begin_immediate(connection: Connection) -> None:
     adapted: Any = connection.connection.dbapi_connection
     if hasattr(adapted, "run_async"):
-        # One trip to aiosqlite's thread; a cursor that is made, used and closed would be three.
+        # One trip to aiosqlite's thread; a cursor that is made, used and closed would be three. No turn: waiting for
+        # it would stop the event loop.
         try:
             adapted.run_async(lambda driver: driver.execute_fetchall(_BEGIN))
         except sqlite3.Error as exc:
             raise OperationalError(_BEGIN, None, exc) from exc
     else:
-        # Not by the cursor at hand: a lock that does not come free would be the driver's bare error (2.0).
-        connection.exec_driver_sql(_BEGIN)
+        turn = _turns[str(connection.engine.url.database)]
+        # Without a turn in time, SQLite itself says whether the lock is taken.
+        has_turn = turn.acquire(timeout=connection.info[_PATIENCE])
+        try:
+            # Not by the cursor at hand: a lock that does not come free would be the driver's bare error (2.0).
+            connection.exec_driver_sql(_BEGIN)
+        finally:
+            if has_turn:
+                turn.release()
     note_lock(connection)
 
 

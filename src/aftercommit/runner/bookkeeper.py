@@ -10,11 +10,13 @@ import logging
 import threading
 from collections import deque
 from concurrent.futures import Future
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sqlalchemy import create_engine, event
 
 from aftercommit.pools.pools import BOOKKEEPING, Pool
+from aftercommit.pools.sqlite import be_impatient
 from aftercommit.tasks.transient import is_disconnect
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _LONG: Final = 3600.0
+_LOCK_SECONDS: Final = 0.5
 
 
 class BooksClosed(RuntimeError):
@@ -212,7 +215,8 @@ class Bookkeeper:
             # asyncpg knows no sync calls, so this thread has a small event loop of its own.
             self._loop = asyncio.Runner()
         if pools.is_sqlite:
-            event.listen(self._engine, "connect", _be_impatient)
+            # Somebody may hold SQLite's write lock for long, and this thread has more to do than to wait for it.
+            event.listen(self._engine, "connect", partial(be_impatient, seconds=_LOCK_SECONDS))
 
     def _close(self) -> None:
         try:
@@ -228,8 +232,3 @@ class Bookkeeper:
             for _work, future in self._jobs:
                 future.set_exception(BooksClosed("the runner has stopped"))
             self._jobs.clear()
-
-
-def _be_impatient(connection: Any, _record: Any) -> None:
-    """Somebody may hold SQLite's write lock for long, and this thread has more to do than to wait for it."""
-    connection.execute("PRAGMA busy_timeout = 500")
