@@ -1,6 +1,7 @@
 """Traces go on from a request to its tasks, through retries and other processes; figures follow the conventions."""
 
 import asyncio
+import inspect
 import logging
 import threading
 import time
@@ -13,7 +14,7 @@ import httpx
 import pytest
 import sqlalchemy as sa
 from fastapi import FastAPI
-from opentelemetry import trace
+from opentelemetry import propagate, trace
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import HistogramDataPoint, InMemoryMetricReader
 from opentelemetry.sdk.trace import ReadableSpan, SpanProcessor, TracerProvider
@@ -363,15 +364,22 @@ def test_tasks_that_a_test_runs_have_spans(database: DatabaseUnderTest, telemetr
 
 
 def test_a_request_and_its_tasks_are_one_trace(sqlite_url: str, telemetry: Telemetry):
-    """A real server, tasks of both kinds: the trace that a client began reaches what its request had done."""
+    """A real server, tasks of both kinds: the trace that a client began goes on in what its request asked for.
+
+    The request's span is FastAPI's own where it has one.
+    """
     db = Database(sqlite_url.replace("+pysqlite", ""))
-    app = FastAPI()
+    is_native = "telemetry" in inspect.signature(FastAPI.__init__).parameters
+    app = FastAPI(telemetry={"tracer_provider": telemetry.tracers}) if is_native else FastAPI()
     install(app, db)
 
-    @app.middleware("http")
     async def traced(request: Any, call_next: Any) -> Any:
-        with telemetry.tracer.start_as_current_span("request", kind=SpanKind.SERVER):
+        parent = propagate.extract(request.headers)
+        with telemetry.tracer.start_as_current_span("POST /orders", context=parent, kind=SpanKind.SERVER):
             return await call_next(request)
+
+    if not is_native:
+        app.middleware("http")(traced)
 
     @db.task
     def plain(session: Session) -> None: ...
@@ -385,13 +393,13 @@ def test_a_request_and_its_tasks_are_one_trace(sqlite_url: str, telemetry: Telem
         after_commit(native)
 
     with telemetry.on(db), serve(app) as url, Heard(signals.TaskSucceeded) as heard:
-        assert httpx.post(f"{url}/orders").status_code == 200
+        began = {"traceparent": f"00-{7:032x}-{9:016x}-01"}
+        assert httpx.post(f"{url}/orders", headers=began).status_code == 200
         heard.wait(signals.TaskSucceeded, count=2)
 
-    [request] = telemetry.named("request")
-    for name in ("create plain", "create native", "process plain", "process native"):
+    for name in ("POST /orders", "create plain", "create native", "process plain", "process native"):
         [span] = telemetry.named(name)
-        assert span.context.trace_id == request.context.trace_id
+        assert span.context.trace_id == 7
 
 
 # --- metrics ------------------------------------------------------------------------------------------------------
