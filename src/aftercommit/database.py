@@ -448,7 +448,7 @@ class Database:
         """
         return Running(
             self,
-            self.chosen_pools(runs),
+            self._runs(runs),
             grace=grace,
             create_tables=create_tables,
             processes=processes,
@@ -818,8 +818,7 @@ class Database:
                 self._tasks[name] = task
         return task
 
-    def chosen_pools(self, runs: Sequence[str] | None) -> list[str]:
-        """The pools whose tasks run in this process, if ``runs=`` says *runs*; the environment wins."""
+    def _runs(self, runs: Sequence[str] | None) -> list[str]:
         told = os.environ.get("AFTERCOMMIT_RUNS")
         if told is not None and told.strip():
             runs = (

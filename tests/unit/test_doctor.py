@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aftercommit import Database
+from aftercommit.cli.doctor.examination import _unreachable
 from aftercommit.cli.doctor.findings import Finding, Level, ago
 from aftercommit.cli.doctor.server import Clock, check_clock, check_server
 from aftercommit.cli.doctor.setup import check_packages, file_of, installed, network_file_system
@@ -230,3 +231,13 @@ def test_for_ever_is_said_once():
 def test_times_are_for_people(seconds: float, text: str):
     """In the largest unit of which there are two."""
     assert ago(seconds) == text
+
+
+def test_a_password_in_the_drivers_words_is_left_out():
+    """Some drivers repeat what they were given."""
+    pools = Database("postgresql://joe:tops3cret@db.example/shop").sessions.pools
+
+    found = _unreachable(pools, OSError("cannot connect with\n  password=tops3cret  host=db.example"))
+
+    assert "password=*** host=db.example" in found.found
+    assert "tops3cret" not in repr(found)
