@@ -32,6 +32,7 @@ from aftercommit.errors import (
 from aftercommit.events.handlers import Handlers, as_task_function, check_event_type
 from aftercommit.events.publishing import EventHandle, Unhandled, UnhandledSink, new_event
 from aftercommit.pools import Pools, PoolSettings
+from aftercommit.pools.budget import Share, shares
 from aftercommit.pools.pools import BOOKKEEPING, REQUEST
 from aftercommit.pools.settings import check_isolation_level
 from aftercommit.pools.sqlite import IMMEDIATE
@@ -54,6 +55,7 @@ if TYPE_CHECKING:
     from sqlalchemy.engine import ExceptionContext
     from sqlalchemy.orm import scoped_session
 
+    from aftercommit.pools.urls import Flavour
     from aftercommit.records.happenings import NewEvent
 
 __all__ = ["Database"]
@@ -135,6 +137,8 @@ class Database:
         self._lock = threading.Lock()
         self._ours: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
         self.expects_runner = False
+        self.flavours_of_requests: Callable[[], set[Flavour]] = set
+        """Which flavours the endpoints use, as far as that is known."""
         self._warned_no_runner = False
 
     def __repr__(self) -> str:
@@ -155,6 +159,19 @@ class Database:
     def pool_settings(self) -> Mapping[str, PoolSettings]:
         """The settings of every pool, by name."""
         return MappingProxyType(self._settings)
+
+    def shares(self, runs: Sequence[str]) -> tuple[Share, ...]:
+        """How many connections a process that runs these pools may open, pool by pool."""
+        flavours: dict[str, set[Flavour]] = {REQUEST: self.flavours_of_requests()}
+        is_async_only = self._pools.is_async_only
+        for task in set(self._tasks.values()):
+            flavours.setdefault(task.settings.pool, set()).add("async" if task.is_async or is_async_only else "sync")
+        return shares(
+            {**self._settings, BOOKKEEPING: _BOOKS},
+            runs=runs,
+            flavours=flavours,
+            listens=bool(runs) and not self._pools.is_sqlite,
+        )
 
     def session(self, pool: str = REQUEST) -> AbstractContextManager[Session]:
         """A session for ``with``: committed on success, rolled back on error, ended in any case.
@@ -402,8 +419,19 @@ class Database:
         """The runner of this process, while it runs."""
         return self.outbox.runner
 
+    @property
+    def pace(self) -> Pace:
+        """How often a process that runs tasks looks around, and for how long records are kept."""
+        return self._pace
+
     def running(
-        self, *, runs: Sequence[str] | None = None, grace: float = 15.0, create_tables: bool | MetaData | None = None
+        self,
+        *,
+        runs: Sequence[str] | None = None,
+        grace: float = 15.0,
+        create_tables: bool | MetaData | None = None,
+        processes: int | None = None,
+        strict: bool = False,
     ) -> Running:
         """Run tasks for the length of a ``with`` or an ``async with``, outside FastAPI.
 
@@ -412,8 +440,22 @@ class Database:
             grace: Seconds that running tasks get at the end.
             create_tables: Whether to make our tables first; None for SQLite only; ``Base.metadata``: the application's
                 own as well.
+            processes: How many processes, on all machines, share the server's connections; None to count this one and
+                the live workers.
+            strict: Whether to raise, instead of a warning, where they may open more connections than the server
+                allows.
+
+        Raises:
+            PoolBudgetError: When it is entered, if *strict*.
         """
-        return Running(self, self._runs(runs), grace=grace, create_tables=create_tables)
+        return Running(
+            self,
+            self._runs(runs),
+            grace=grace,
+            create_tables=create_tables,
+            processes=processes,
+            strict=strict,
+        )
 
     def new_runner(self, pools: Sequence[str]) -> Runner:
         """Make a runner for *pools*.

@@ -23,6 +23,7 @@ __all__ = [
     "HandOverError",
     "LostClaim",
     "PayloadError",
+    "PoolBudgetError",
     "PoolExhausted",
     "RowGone",
     "RunnerNotRunning",
@@ -70,6 +71,24 @@ class SchemaError(ConfigurationError):
     """The library's own tables are missing, or older than this release needs."""
 
     code = "AC402"
+
+
+class PoolBudgetError(ConfigurationError):
+    """All processes together may open more connections than the server allows; raised where ``strict=True``.
+
+    Attributes:
+        processes: How many processes were counted.
+        per_process: How many connections each may open.
+        allowed: How many the server allows.
+    """
+
+    code = "AC403"
+
+    def __init__(self, message: str, *, processes: int, per_process: int, allowed: int) -> None:
+        super().__init__(message)
+        self.processes = processes
+        self.per_process = per_process
+        self.allowed = allowed
 
 
 # --- hand-over: raised where a task is asked for ----------------------------------------------------------------

@@ -23,6 +23,7 @@ import re
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Final, ParamSpec, cast
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from fastapi.dependencies.models import Dependant
 
     from aftercommit.database import Database
+    from aftercommit.pools.urls import Flavour
     from aftercommit.runner import TaskHandle
     from aftercommit.tasks import Task
 
@@ -96,6 +98,8 @@ def install(
     runs: Sequence[str] | None = None,
     grace: float = 15.0,
     create_tables: bool | MetaData | None = None,
+    processes: int | None = None,
+    strict: bool = False,
 ) -> None:
     """Give *app* the database: tables and runner at start-up, an orderly stop, and the dependencies of this module.
 
@@ -109,6 +113,10 @@ def install(
         grace: Seconds that running tasks get when the application stops.
         create_tables: Whether to make our tables at start-up; None for SQLite only; ``Base.metadata``: the
             application's own tables as well.
+        processes: How many processes, on all machines, share the server's connections; None to count this one and the
+            live workers.
+        strict: Whether to refuse to start, with ``PoolBudgetError`` instead of a warning, where they may open more
+            connections than the server allows.
 
     Raises:
         ConfigurationError: For a FastAPI that is too old, an application that has started, or if *db* is installed
@@ -131,8 +139,9 @@ def install(
     setattr(app.router, _INSTALLED, [*databases, db])
     _applications.add(app)
     app.exception_handlers.setdefault(PoolExhausted, _answer_exhausted)
-    running = db.running(runs=runs, grace=grace, create_tables=create_tables)
+    running = db.running(runs=runs, grace=grace, create_tables=create_tables, processes=processes, strict=strict)
     db.expects_runner = bool(running.pools)
+    db.flavours_of_requests = partial(_flavours_of, app, db)
     inner = app.router.lifespan_context
 
     @asynccontextmanager
@@ -284,6 +293,20 @@ def _check_bound(where: str, session: Dependant, every: list[Dependant]) -> None
 
 def _all_dependants(dependant: Dependant) -> list[Dependant]:
     return [dependant, *(each for below in dependant.dependencies for each in _all_dependants(below))]
+
+
+def _flavours_of(app: FastAPI, db: Database) -> set[Flavour]:
+    """The flavours of the sessions of *db* that the endpoints of *app* ask for."""
+    made: dict[str, Callable[..., Any]] = vars(db).get(_BY_DATABASE, {})
+    known: dict[Flavour, set[Any]] = {
+        "sync": {made.get("get_session_of")},
+        "async": {made.get("get_async_session_of")},
+    }
+    if getattr(app.router, _INSTALLED)[0] is db:
+        known["sync"].add(get_session)
+        known["async"].add(get_async_session)
+    used = {each.call for _, route in _routes(app.routes) for each in _all_dependants(route.dependant)} - {None}
+    return {flavour for flavour, sessions in known.items() if used & sessions}
 
 
 def _route_of(connection: HTTPConnection) -> Any:

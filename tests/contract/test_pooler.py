@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from aftercommit import Database, PoolSettings
+from aftercommit.records.server import limits
 from tests.contract.stand import Base, Row
 from tests.support.databases import DatabaseUnderTest
 from tests.support.postgres import PostgresServer
@@ -176,3 +177,23 @@ def test_everything_works_through_pgbouncer(
     # Forty without a key; of those with one, as many as found none queued.
     assert 41 <= counted <= 80
     assert [each.getMessage() for each in caplog.records if each.levelname == "ERROR"] == []
+
+
+@through
+def test_pgbouncer_is_recognised(database: DatabaseUnderTest, postgres: PostgresServer, tmp_path: Path):
+    """A real PgBouncer is told from a server by the number of the process, by every driver, and the server is not."""
+    url = make_url(database.url)
+    options: dict[str, Any] = {"async_engine_options": {"connect_args": CONNECT_ARGS[database.driver]}}
+
+    async def is_pooled(port: int) -> bool:
+        db = Database(url.set(port=port), **options)
+        try:
+            return (await db.async_call_anyhow(limits)).is_pooled
+        finally:
+            await db.async_dispose()
+
+    with pgbouncer(postgres, str(url.database), tmp_path) as port:
+        found = asyncio.run(is_pooled(port))
+
+    assert found
+    assert not asyncio.run(is_pooled(postgres.port))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from aftercommit.cli import pools, schema, tasks, worker
+from aftercommit.cli.doctor import doctor
 
 __all__ = ["app"]
 
@@ -16,5 +17,6 @@ app = typer.Typer(
 )
 app.command("worker")(worker.worker)
 app.command("schema")(schema.schema)
+app.command("doctor")(doctor)
 app.add_typer(tasks.app, name="tasks", help="Look at tasks, retry and cancel them.")
 app.add_typer(pools.app, name="pools", help="Look at pools, pause and resume them.")

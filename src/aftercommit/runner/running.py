@@ -5,24 +5,29 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools.pools import REQUEST
 from aftercommit.pools.watchman import Watchman
+from aftercommit.runner.budgeting import check_budget, check_processes
 from aftercommit.runner.listening import Herald
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
     from types import TracebackType
 
-    from sqlalchemy import MetaData
+    from sqlalchemy import Connection, MetaData
 
+    from aftercommit.pools.budget import Share
     from aftercommit.runner.outbox import Outbox
+    from aftercommit.runner.rounds import Pace
     from aftercommit.runner.runner import Runner
     from aftercommit.sessions import SessionFactory
 
 __all__ = ["Running"]
+
+T = TypeVar("T")
 
 
 class _Home(Protocol):
@@ -39,6 +44,19 @@ class _Home(Protocol):
         """Make or check the tables; whether there are any."""
         ...
 
+    @property
+    def pace(self) -> Pace:
+        """How often workers look around."""
+        ...
+
+    def shares(self, runs: Sequence[str]) -> tuple[Share, ...]:
+        """What one process may open."""
+        ...
+
+    async def async_call_anyhow(self, work: Callable[[Connection], T]) -> T:
+        """Run ``work(connection)`` in a transaction."""
+        ...
+
 
 class Running:
     """Runs tasks while it is open. Async tasks run on the loop of ``async with``, or on one of its own.
@@ -48,15 +66,27 @@ class Running:
         pools: Whose tasks run here; with none, nothing is started.
         grace: Seconds that running tasks get at the end.
         create_tables: Whether to make our tables first; None for SQLite only; a ``MetaData``: its tables as well.
+        processes: How many processes share the server's connections; None to count them.
+        strict: Whether to refuse to start where they may open more than it allows.
     """
 
     def __init__(
-        self, home: _Home, pools: Sequence[str], *, grace: float, create_tables: bool | MetaData | None
+        self,
+        home: _Home,
+        pools: Sequence[str],
+        *,
+        grace: float,
+        create_tables: bool | MetaData | None,
+        processes: int | None,
+        strict: bool,
     ) -> None:
+        check_processes(processes)
         self._home = home
         self.pools = pools
         self._grace = grace
         self._create_tables = create_tables
+        self._processes = processes
+        self._strict = strict
         self._runner: Runner | None = None
         self._herald: Herald | None = None
         self._watchman: Watchman | None = None
@@ -70,6 +100,7 @@ class Running:
         if outbox.started is not None:
             # Replaced by a test.
             return
+        await check_budget(self._home, self.pools, has_tables=durable, processes=self._processes, strict=self._strict)
         if not self.pools:
             self._hand_over_only(durable=durable)
             self._watch()

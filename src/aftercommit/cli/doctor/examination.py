@@ -1,0 +1,272 @@
+"""The doctor's way through the house: what is asked, in which order, and where to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from sqlalchemy.exc import SQLAlchemyError
+
+from aftercommit.cli.doctor.findings import Finding, Level
+from aftercommit.cli.doctor.server import Clock, check_budget, check_clock, check_server
+from aftercommit.cli.doctor.setup import (
+    check_drivers,
+    check_environment,
+    check_file,
+    check_packages,
+    file_of,
+    installed,
+)
+from aftercommit.cli.doctor.work import WITHIN, Census, check_work
+from aftercommit.errors import ConfigurationError
+from aftercommit.pools.budget import Budget
+from aftercommit.pools.pools import REQUEST
+from aftercommit.pools.urls import render
+from aftercommit.records import census, schema, server
+from aftercommit.runner.budgeting import expected_processes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from sqlalchemy import Connection
+
+    from aftercommit.database import Database
+    from aftercommit.pools import Pools
+    from aftercommit.tasks import Task
+
+__all__ = ["examine"]
+
+T = TypeVar("T")
+
+_PATIENCE: Final = {"psycopg": "connect_timeout", "asyncpg": "timeout", "pysqlite": "timeout", "aiosqlite": "timeout"}
+"""What each driver calls the seconds for which it waits: for a connection, or for a lock."""
+
+_SECONDS: Final = {"psycopg": 5, "asyncpg": 5.0, "pysqlite": 1.0, "aiosqlite": 1.0}
+_LOOKS: Final = 3
+
+
+def examine(db: Database, where: str, *, processes: int | None) -> list[Finding]:
+    """Look at everything that can be reached; nothing is changed.
+
+    Args:
+        db: The database.
+        where: What the command was told, ``module:name``, for what there is to type.
+        processes: How many processes there are; None to count the live workers.
+    """
+    findings = [*check_packages(installed()), *check_environment()]
+    try:
+        pools = _impatient(db)
+    except ConfigurationError as exc:
+        return [*findings, _configuration(exc)]
+    except Exception as exc:  # noqa: BLE001  # the application's own function
+        return [*findings, _no_url(exc)]
+    tasks = sorted(set(db.tasks.values()), key=lambda task: task.name)
+    findings += check_drivers(pools.flavours, tasks)
+    if pools.is_sqlite:
+        findings += check_file(file_of(pools.flavours.given), where)
+        if any(each.check == "file" and each.level is not Level.OK for each in findings):
+            # Connecting would make the file, or fail with less of a reason.
+            return findings
+    try:
+        findings += _ask(pools, lambda connection: _look(connection, db, where, tasks, processes))
+    except ConfigurationError:
+        pass  # a driver that is not installed, which has been said
+    except (SQLAlchemyError, OSError, TimeoutError) as exc:
+        findings.append(_unreachable(pools, exc))
+    return findings
+
+
+def _look(
+    connection: Connection, db: Database, where: str, tasks: Sequence[Task[Any, Any]], processes: int | None
+) -> list[Finding]:
+    is_sqlite = connection.dialect.name == "sqlite"
+    durable = [task for task in tasks if task.settings.durable]
+    findings = _check_sqlite(connection) if is_sqlite else check_server(server.look(connection), durable)
+    clocks = [] if is_sqlite else [check_clock([_clock(connection) for _ in range(_LOOKS)])]
+    tables, is_ready = _check_tables(connection, where, has_durable=bool(durable), is_sqlite=is_sqlite)
+    found = _take_census(connection, db, where, durable) if is_ready else None
+    if not is_sqlite:
+        live = 0 if found is None else len(found.live)
+        findings.append(_budget(connection, db, processes, live))
+    return [*findings, *clocks, tables, *([] if found is None else check_work(found))]
+
+
+def _check_sqlite(connection: Connection) -> list[Finding]:
+    findings = []
+    mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
+    if mode != "wal":
+        findings.append(
+            Finding(
+                check="journal mode",
+                level=Level.WARNING,
+                found=f"The file's journal mode is {mode!r}, and not 'wal'",
+                why="Whoever writes then waits for everybody who reads. Each connection asks for WAL; somebody had the "
+                "file locked, or it cannot be written.",
+                remedy=(
+                    f"sqlite3 {connection.engine.url.database} 'PRAGMA journal_mode=WAL'    # while nobody uses it",
+                ),
+            )
+        )
+    try:
+        _try_to_write(connection)
+    except SQLAlchemyError as exc:
+        reason = str(getattr(exc, "orig", None) or exc)
+        is_busy = "locked" in reason
+        findings.append(
+            Finding(
+                check="write lock",
+                level=Level.WARNING if is_busy else Level.WRONG,
+                found=f"Nothing can be written: {reason}",
+                why="Somebody has held the only write lock for longer than a second: everybody else who writes waits."
+                if is_busy
+                else "Neither requests nor tasks can commit.",
+                remedy=(f"lsof {connection.engine.url.database}    # who has it open",)
+                if is_busy
+                else (f"ls -l {connection.engine.url.database}*",),
+            )
+        )
+    version = connection.exec_driver_sql("SELECT sqlite_version()").scalar()
+    return findings or [Finding(check="journal mode", level=Level.OK, found=f"SQLite {version}, write-ahead log")]
+
+
+def _try_to_write(connection: Connection) -> None:
+    """Take the lock and write what stands there already, in a transaction that is rolled back."""
+    version = connection.exec_driver_sql("PRAGMA user_version").scalar()
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    try:
+        # The lock alone is given to those as well who may not write.
+        connection.exec_driver_sql(f"PRAGMA user_version = {version}")
+    finally:
+        connection.exec_driver_sql("ROLLBACK")
+
+
+def _check_tables(connection: Connection, where: str, *, has_durable: bool, is_sqlite: bool) -> tuple[Finding, bool]:
+    """Look whether our tables fit; also return whether they can be read."""
+    problem = schema.schema_problem(connection)
+    if problem is None:
+        version = census.version(connection) or 0
+        is_newer = version > schema.SCHEMA_VERSION
+        return Finding(
+            check="tables",
+            level=Level.NOTE if is_newer else Level.OK,
+            found=f"They are there, in version {version}",
+            why=f"This release writes version {schema.SCHEMA_VERSION}, and works with those that newer releases of the "
+            "same minor version make."
+            if is_newer
+            else "",
+        ), True
+    level = Level.WRONG
+    why = "Durable tasks are rows in them: the first one that is asked for fails, and its transaction with it."
+    if not has_durable:
+        level, why = Level.NOTE, "Nothing here declares a durable task, so nobody misses them yet."
+    elif is_sqlite and "missing" in problem:
+        level, why = Level.WARNING, f"{why} On SQLite install(app, db) and db.running() make them at start-up."
+    remedy = (f"aftercommit schema {where} --apply",)
+    return Finding(check="tables", level=level, found=problem, why=why, remedy=remedy), False
+
+
+def _take_census(connection: Connection, db: Database, where: str, durable: Sequence[Task[Any, Any]]) -> Census:
+    return Census(
+        workers=census.workers(connection),
+        queues=census.queues(connection),
+        paused=census.paused(connection),
+        held_by_nobody=census.held_by_nobody(connection),
+        failures=census.failures(connection, within=WITHIN),
+        kept=census.kept(connection),
+        tuples=None if connection.dialect.name == "sqlite" else census.tuples(connection),
+        silent_after=db.pace.silent_after,
+        keep=db.pace.keep,
+        names={name for name, task in db.tasks.items() if task.settings.durable},
+        pools={task.settings.pool for task in durable},
+        where=where,
+    )
+
+
+def _budget(connection: Connection, db: Database, processes: int | None, live: int) -> Finding:
+    if processes is not None:
+        counted, source = processes, "by --processes"
+    else:
+        counted, source = max(live, expected_processes()), "those that are alive; say --processes if there are more"
+        if counted > live:
+            source = "none is alive; say --processes for how many there will be" if not live else "by WEB_CONCURRENCY"
+    # As if each ran all pools: this one may be started with other pools than the others.
+    every = [name for name in db.pool_settings if name != REQUEST]
+    budget = Budget(shares=db.shares(every), processes=counted, limits=server.limits(connection))
+    return check_budget(budget, source)
+
+
+def _clock(connection: Connection) -> Clock:
+    before = time.time()
+    there = server.clock(connection)
+    return Clock(before=before, there=there, after=time.time())
+
+
+# --- getting there ----------------------------------------------------------------------------------------------
+
+
+def _impatient(db: Database) -> Pools:
+    """Pools of the doctor's own, with the application's options: they give up sooner, unless it says otherwise."""
+    given = db.sessions.pools
+    options: dict[str, Any] = {}
+    for name, flavour, url in (
+        ("engine_options", "sync", given.flavours.sync),
+        ("async_engine_options", "async", given.flavours.asynchronous),
+    ):
+        theirs = given.options(flavour)  # type: ignore[arg-type]  # one of the two
+        driver = None if url is None else url.get_driver_name()
+        patience = {} if driver is None else {_PATIENCE[driver]: _SECONDS[driver]}
+        options[name] = {**theirs, "connect_args": {**patience, **(theirs.get("connect_args") or {})}}
+    return db.make_pools(given.flavours.given, **options)
+
+
+def _ask(pools: Pools, work: Callable[[Connection], T]) -> T:
+    """Run ``work(connection)``, by whichever flavour the URL has, and take back what was begun."""
+    pool = pools[REQUEST]
+
+    async def run() -> T:
+        try:
+            async with pool.async_engine.connect() as connection:
+                return await connection.run_sync(work)
+        finally:
+            await pool.async_dispose()
+
+    if pools.is_async_only:
+        with asyncio.Runner() as runner:
+            return runner.run(run())
+    try:
+        with pool.engine.connect() as connection:
+            return work(connection)
+    finally:
+        pool.dispose()
+
+
+def _configuration(error: ConfigurationError) -> Finding:
+    return Finding(check="url", level=Level.WRONG, found=str(error), why="Nothing can be connected to.")
+
+
+def _no_url(error: Exception) -> Finding:
+    return Finding(
+        check="url",
+        level=Level.WRONG,
+        found=f"The function that gives the URL raised {type(error).__name__}",
+        why="Nothing can be connected to. Does it read a variable that is not set here?",
+        remedy=("env | cut -d= -f1    # the names of those that are set",),
+    )
+
+
+def _unreachable(pools: Pools, error: BaseException) -> Finding:
+    url = pools.flavours.given
+    said = " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
+    if url.password:
+        said = said.replace(str(url.password), "***")
+    remedy = f"pg_isready -h {url.host or 'localhost'} -p {url.port or 5432} -d {url.database or ''}"
+    if pools.is_sqlite:
+        remedy = f"ls -l {url.database}*"
+    return Finding(
+        check="database",
+        level=Level.WRONG,
+        found=f"{render(url)} cannot be asked: {said}",
+        why="Neither requests nor tasks can work without it.",
+        remedy=(remedy,),
+    )
