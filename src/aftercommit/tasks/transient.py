@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-__all__ = ["Fault", "describe", "fault_of", "is_disconnect"]
+__all__ = ["Fault", "describe", "fault_of", "is_disconnect", "met_in_commit"]
 
 
 class Fault(enum.Enum):
@@ -74,6 +74,12 @@ def is_disconnect(error: BaseException) -> bool:
     already.
     """
     return _verdict(error).drop
+
+
+def met_in_commit(error: BaseException) -> bool:
+    """Tell whether *error* ended a COMMIT: if the connection was lost, nobody knows what the server did with it."""
+    places = _places(error.__traceback__)
+    return any(function == _SENDING_COMMIT and module.startswith("sqlalchemy.") for module, function in places)
 
 
 def describe(error: BaseException) -> str:
@@ -135,6 +141,9 @@ _DRIVERS: Final = frozenset({"psycopg", "asyncpg", "sqlite3"})
 _INTERFACE_ERRORS: Final = frozenset({("asyncpg", "InterfaceError"), ("sqlalchemy", "InterfaceError")})
 _ALIVE: Final = frozenset({Fault.CONFLICT, Fault.UNIQUE, Fault.PERMANENT})
 _CONNECTING: Final = frozenset({("asyncpg.connection", "connect"), ("asyncpg.connect_utils", "_connect")})
+
+_SENDING_COMMIT: Final = "do_commit"
+"""The method of SQLAlchemy's dialects that sends a COMMIT, and does nothing else."""
 
 
 # --- the verdict ------------------------------------------------------------------------------------------------
