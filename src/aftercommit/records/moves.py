@@ -300,7 +300,7 @@ def _entry(claim: Claim, failure: Failure, at: str) -> str:
 
 _RETURNED: Final = (
     "RETURNING id, task, CAST(arguments AS text), attempt, claims, max_attempts, parent, CAST(context AS text), "
-    "CAST(checkpoint AS text), "
+    "CAST(checkpoint AS text), priority, "
 )
 _NOT_PAUSED: Final = "NOT EXISTS (SELECT 1 FROM aftercommit_pool p WHERE p.name = :pool)"
 _CLAIM = Statement(
@@ -375,7 +375,7 @@ def claim(
             # A claim that finds nothing would wait for the write lock all the same.
             return []
     rows = (_CLAIM_CROWDED if crowded else _CLAIM).execute(connection, parameters).all()
-    found = [
+    return [
         Claimed(
             claim=Claim(_uuid(row[0]), row[3], row[4]),
             task=row[1],
@@ -384,12 +384,11 @@ def claim(
             parent=None if row[6] is None else _uuid(row[6]),
             context=row[7],
             checkpoint=row[8],
-            waited=max(0.0, float(row[9])),
+            waited=max(0.0, float(row[10])),
         )
-        for row in rows
+        # An UPDATE returns its rows in no order in particular; ids rise with time.
+        for row in sorted(rows, key=lambda row: (-row[9], -float(row[10]), str(row[0])))
     ]
-    # An UPDATE returns its rows in no order in particular; ids rise with time.
-    return sorted(found, key=lambda each: (-each.waited, each.claim.id))
 
 
 _CLAIM_ONE = Statement(
