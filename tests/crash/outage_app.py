@@ -5,9 +5,11 @@ Served by uvicorn in a process of its own, by a test that takes its database awa
 
 import logging
 import os
+from pathlib import Path
+from typing import Any
 
 from fastapi import FastAPI
-from sqlalchemy import make_url, text
+from sqlalchemy import Engine, event, make_url, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
@@ -20,6 +22,19 @@ url = make_url(os.environ["DATABASE_URL"])
 is_async = url.get_driver_name() in {"asyncpg", "aiosqlite"}
 # Long enough on the server that some run, some wait here and some are queued when it is taken away.
 SLOWLY = "SELECT pg_sleep(0.02)" if url.get_backend_name() == "postgresql" else "SELECT 1"
+
+ILL = os.environ.get("ILL")
+"""A file: what stands in it is run before every statement on SQLite, which has no administrator to do it."""
+
+if ILL is not None:
+
+    @event.listens_for(Engine, "before_cursor_execute")
+    def fall_ill(_connection: object, cursor: Any, *_: object) -> None:
+        """Be what the file says, or well again."""
+        cursor.execute(Path(ILL).read_text(encoding="utf-8"))
+        # To its end: a statement that is still open would keep a snapshot.
+        cursor.fetchall()
+
 
 db = Database(url, heartbeat=0.2, silent_after=float(os.environ.get("SILENT_AFTER", "10")))
 app = FastAPI()
