@@ -23,6 +23,7 @@ from aftercommit import signals
 from aftercommit.batches import BatchReport
 from aftercommit.errors import (
     ConfigurationError,
+    DatabaseUnavailable,
     HandOverError,
     RunnerNotRunning,
     SchemaError,
@@ -47,6 +48,7 @@ from aftercommit.stats import Stats, snapshot
 from aftercommit.tasks import Retry, Task, TaskSettings, current_run
 from aftercommit.tasks import context as carried
 from aftercommit.tasks.definition import define, task_name
+from aftercommit.tasks.transient import Fault, describe, fault_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -226,13 +228,14 @@ class Database:
             create: Whether to make them; None for SQLite only; a ``MetaData``: make them, and its tables, too.
 
         Raises:
+            DatabaseUnavailable: If the database cannot be reached.
             SchemaError: If durable tasks are declared and the tables are missing or too old.
         """
         also = create if isinstance(create, MetaData) else None
         if also is not None or create is True or (create is None and self._pools.is_sqlite):
-            await self.async_call_anyhow(partial(schema.create_tables, also=also))
+            await self._at_start(partial(schema.create_tables, also=also))
             return True
-        problem = await self.async_call_anyhow(schema.schema_problem)
+        problem = await self._at_start(schema.schema_problem)
         if problem is None:
             return True
         if not any(task.settings.durable for task in self._tasks.values()):
@@ -241,6 +244,19 @@ class Database:
             f"{render(self._pools.flavours.given)}: {problem}. Durable tasks are kept there. Run `aftercommit schema "
             "--apply`, or call db.create_tables() in a migration, or write install(app, db, create_tables=True)."
         )
+
+    async def _at_start(self, work: Callable[[Connection], T]) -> T:
+        try:
+            return await self.async_call_anyhow(work)
+        except Exception as exc:
+            if fault_of(exc) is not Fault.CONNECTION:
+                raise
+            reason = str(getattr(exc, "orig", None) or exc).strip() or describe(exc)
+            raise DatabaseUnavailable(
+                f"{render(self._pools.flavours.given)} cannot be reached: {reason}. Nothing was started, because "
+                "nobody would see that it cannot work. Start it again when the database answers; whatever supervises "
+                "processes (systemd, Docker, Kubernetes) does that by itself."
+            ) from exc
 
     # --- tasks --------------------------------------------------------------------------------------------------
 
@@ -962,6 +978,9 @@ def _listening(url: str | URL) -> URL:
 def _note_fault(context: Any) -> None:
     note_fault(context)
     _note_batch_fault(context)
+    if fault_of(context.sqlalchemy_exception or context.original_exception) is Fault.STALE:
+        # A primary no longer, or plans from before a migration: it answers, so the pool would hand it out for ever.
+        context.is_disconnect = True
 
 
 def _set_up(engine: Engine) -> None:

@@ -20,6 +20,7 @@ __all__ = [
     "BatchStopped",
     "CommitWithoutCheckpoint",
     "ConfigurationError",
+    "DatabaseUnavailable",
     "HandOverError",
     "LostClaim",
     "PayloadError",
@@ -177,6 +178,12 @@ class PoolExhausted(AfterCommitError, sqlalchemy.exc.TimeoutError):  # pyright: 
     def __init__(self, message: str, *, pool: str) -> None:
         super().__init__(message)
         self.pool = pool
+
+
+class DatabaseUnavailable(AfterCommitError):
+    """The database could not be reached when the application or a worker started."""
+
+    code = "AC204"
 
 
 # --- runs of tasks ----------------------------------------------------------------------------------------------

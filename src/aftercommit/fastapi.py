@@ -33,6 +33,7 @@ import fastapi
 from fastapi import Depends, FastAPI
 from fastapi.routing import APIWebSocketRoute
 from sqlalchemy import MetaData
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from starlette.requests import HTTPConnection, Request
@@ -42,6 +43,7 @@ from aftercommit.errors import ConfigurationError, HandOverError, PoolExhausted
 from aftercommit.events import EventHandle
 from aftercommit.pools.pools import REQUEST
 from aftercommit.sessions import AsyncScope, Owner, Scope, shielded
+from aftercommit.tasks.transient import Fault, fault_of, is_disconnect, met_in_commit
 
 if TYPE_CHECKING:
     from fastapi.dependencies.models import Dependant
@@ -139,6 +141,7 @@ def install(
     setattr(app.router, _INSTALLED, [*databases, db])
     _applications.add(app)
     app.exception_handlers.setdefault(PoolExhausted, _answer_exhausted)
+    app.exception_handlers.setdefault(DBAPIError, _answer_unreachable)
     running = db.running(runs=runs, grace=grace, create_tables=create_tables, processes=processes, strict=strict)
     db.expects_runner = bool(running.pools)
     db.flavours_of_requests = partial(_flavours_of, app, db)
@@ -164,13 +167,37 @@ def install(
 
 async def _answer_exhausted(request: Request, error: Exception) -> Response:
     """Answer 503, or what the application answers to SQLAlchemy's errors: it knows better."""
+    theirs = await _answer_of_theirs(request, error)
+    return theirs or _answer_503(request, error, "Too busy. Try again.")
+
+
+async def _answer_unreachable(request: Request, error: Exception) -> Response:
+    """Answer 503 if the database cannot be reached for now; all other errors of databases stay as they are.
+
+    Not where the connection was lost during COMMIT. Nobody knows what became of that one, and whoever asks again,
+    as a 503 invites to, might have it done twice.
+    """
+    theirs = await _answer_of_theirs(request, error)
+    if theirs is not None:
+        return theirs
+    if fault_of(error) not in (Fault.CONNECTION, Fault.STALE) or (is_disconnect(error) and met_in_commit(error)):
+        raise error
+    return _answer_503(request, error, "The database cannot be reached. Try again.")
+
+
+async def _answer_of_theirs(request: Request, error: Exception) -> Response | None:
+    """What the application answers to a broader class of errors, if it does."""
     for kind in type(error).__mro__[1:-2]:
         handler = request.app.exception_handlers.get(kind)
-        if handler is not None:
+        if handler is not None and handler is not _answer_unreachable:
             answer = handler(request, error)
             return cast("Response", await answer if inspect.isawaitable(answer) else answer)
+    return None
+
+
+def _answer_503(request: Request, error: Exception, detail: str) -> Response:
     logger.error("%s %s: %s", request.method, request.url.path, error)
-    return JSONResponse({"detail": "Too busy. Try again."}, status_code=503, headers={"Retry-After": "1"})
+    return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "1"})
 
 
 def _check_version() -> None:

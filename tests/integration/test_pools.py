@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -821,3 +821,22 @@ def test_a_creator_of_the_users_gets_our_transactions(database: DatabaseUnderTes
 
     assert sent.words().count("BEGIN IMMEDIATE") == 2
     assert not [each for each in sent.statements if each.strip() == "BEGIN"]
+
+
+@pytest.mark.drivers("pysqlite")
+def test_a_dropped_connection_gives_the_write_lock_back(database):
+    """Also while somebody still has what it was asked for: an open result, or the error that it was dropped for."""
+    db = Database(database.url)
+    with db.engine().connect() as connection:
+        connection.exec_driver_sql("CREATE TABLE t (n integer)")
+        connection.commit()
+        result = connection.exec_driver_sql("INSERT INTO t VALUES (1), (2) RETURNING n")
+        cursor = result.cursor
+
+        connection.invalidate()
+
+        with closing(sqlite3.connect(database.path, timeout=0, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            assert other.execute("SELECT count(*) FROM t").fetchone() == (0,)
+        del cursor
+    db.dispose()

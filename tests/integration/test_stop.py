@@ -6,6 +6,8 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,20 @@ def join_left_behind() -> None:
     for thread in threading.enumerate():
         if thread.name.startswith("aftercommit-default"):
             thread.join(TIMEOUT)
+
+
+@contextmanager
+def opened_at_the_end(gate: threading.Event) -> Iterator[None]:
+    """Open a gate when the runner has stopped: a thread that waits there is not cancelled, and the loop's end waits."""
+
+    def open_it(_: signals.WorkerStopped) -> None:
+        gate.set()
+
+    signals.subscribe(signals.WorkerStopped)(open_it)
+    try:
+        yield
+    finally:
+        signals.unsubscribe(open_it)
 
 
 def test_what_runs_may_finish(shop: Workshop):
@@ -73,14 +89,11 @@ def test_what_does_not_finish_goes_back(shop: Workshop):
     gate, begun = threading.Event(), threading.Semaphore(0)
     task = shop.task(gate=gate, begun=begun.release)(effect)
     with Heard(signals.WorkerStopped) as heard:
-        with shop.running(grace=0.0):
+        with opened_at_the_end(gate), shop.running(grace=0.0):
             shop.drain()
             shop.commit(lambda session: [shop.db.after_commit(session, task, str(n)) for n in range(8)] and None)
             for _ in range(5):
                 assert begun.acquire(timeout=TIMEOUT)
-            if shop.is_async:
-                # The gate waits in a thread, which a cancelled task does not wait for; the loop's end does.
-                threading.Timer(2.0, gate.set).start()
         gate.set()
         join_left_behind()
 
@@ -96,12 +109,10 @@ def test_once_means_once_even_at_a_stop(shop: Workshop):
     """``Retry(attempts=1)`` that has begun and is interrupted is failed, and not begun again."""
     gate, begun = threading.Event(), threading.Event()
     task = shop.task(gate=gate, begun=begun.set, retry=Retry(attempts=1))(effect)
-    with shop.running(grace=0.0):
+    with opened_at_the_end(gate), shop.running(grace=0.0):
         shop.drain()
         shop.ask(task, "never")
         assert begun.wait(TIMEOUT)
-        if shop.is_async:
-            threading.Timer(1.0, gate.set).start()
     gate.set()
     join_left_behind()
 

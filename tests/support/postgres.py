@@ -6,13 +6,14 @@ import socket
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
-from signal import SIGINT, SIGQUIT
+from signal import SIGINT, SIGQUIT, Signals
 from types import TracebackType
 from typing import LiteralString, Self
 
+import psutil
 import psycopg
 from psycopg import sql
 
@@ -90,6 +91,41 @@ class PostgresServer:
         """Run *statement* as an administrator, outside any transaction, with *names* for its ``{}``."""
         self._admin.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
 
+    def halt(self, how: Signals = SIGINT) -> None:
+        """Stop the server and keep its files; whoever is connected is thrown out.
+
+        Args:
+            how: SIGINT for the fast way, with 57P01 for everybody; SIGQUIT for the immediate one, as in a crash.
+        """
+        self._admin.close()
+        self._process.send_signal(how)
+        self._process.wait(timeout=30)
+        self.log.join()
+
+    def resume(self) -> None:
+        """Start the server again after ``halt``, on the same port and with the same files."""
+        self._serve()
+        self._admin = psycopg.connect(self.url("postgres", driver=None), autocommit=True)
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Stop the clock of the server, and of every process that serves a connection, for the ``with``.
+
+        The kernel goes on acknowledging what arrives: to the other side nothing is wrong, only slow.
+        """
+        main = psutil.Process(self._process.pid)
+        main.suspend()
+        # Nobody can be born any more.
+        frozen = [main, *main.children(recursive=True)]
+        try:
+            for process in frozen[1:]:
+                process.suspend()
+            yield
+        finally:
+            for process in frozen:
+                with suppress(psutil.NoSuchProcess):
+                    process.resume()
+
     def _start(self) -> None:
         # platformdirs warns on import where XDG_RUNTIME_DIR is not set; we use no directory of its choice.
         with warnings.catch_warnings():
@@ -112,9 +148,12 @@ class PostgresServer:
             "unix_socket_directories": str(self._directory),
         }
         arguments = [f"--{name}={value}" for name, value in settings.items()]
-        self._process = spawn(
-            [str(wheel.bin_path / "postgres"), "-D", str(data), *arguments], user=wheel.system_user, orphaned=SIGQUIT
-        )
+        self._command = [str(wheel.bin_path / "postgres"), "-D", str(data), *arguments]
+        self._user = wheel.system_user
+        self._serve()
+
+    def _serve(self) -> None:
+        self._process = spawn(self._command, user=self._user, orphaned=SIGQUIT)
         assert self._process.stdout is not None
         self.log = Log(self._process.stdout)
         self.log.wait_for("ready to accept connections")

@@ -49,6 +49,8 @@ def wrapped(orig: Exception, *, invalidated: bool = False) -> exc.DBAPIError:
 CONFLICT = wrapped(psycopg_error("40001", "SerializationFailure"))
 UNIQUE = wrapped(psycopg_error("23505", "UniqueViolation"))
 STALE = wrapped(psycopg_error("25006", "ReadOnlySqlTransaction"))
+OUTDATED = wrapped(psycopg_error("0A000", "FeatureNotSupported"))
+READ_ONLY_FILE = wrapped(sqlite_error("SQLITE_READONLY"))
 IDLE = wrapped(psycopg_error("25P03", "IdleInTransactionSessionTimeout"), invalidated=True)
 REFUSED = wrapped(psycopg_error(None))
 MISSING = wrapped(psycopg_error("42P01", "UndefinedTable"))
@@ -274,10 +276,19 @@ def test_a_lost_connection_is_an_attempt_from_the_queue(error):
 def test_a_stale_connection_is_dropped_and_the_run_repeated_once():
     """If a fresh connection says the same, it is not the connection."""
     first = after(STALE, attempt=5)
-    second = after(STALE, repeats=Repeats(stales=1))
+    second = after(OUTDATED, repeats=Repeats(stales=1))
 
     assert first == Again(delay=0.0, in_place=True, counts=False, drop_connection=True)
-    assert second == GiveUp(reason="ReadOnlySqlTransaction (25006): a fresh connection did not help")
+    assert second == GiveUp(reason="FeatureNotSupported (0A000): a fresh connection did not help")
+
+
+def test_a_database_that_stays_read_only_uses_up_attempts():
+    """A primary no longer, or an SQLite file opened read-only: the next one is found in time, or it is a failure."""
+    later = [after(error, repeats=Repeats(stales=1), attempt=1) for error in (STALE, READ_ONLY_FILE)]
+    last = after(STALE, repeats=Repeats(stales=1), attempt=5)
+
+    assert [(step.in_place, step.counts, step.drop_connection) for step in later] == [(False, True, True)] * 2
+    assert last == GiveUp(reason="ReadOnlySqlTransaction (25006); that was attempt 5 of 5")
 
 
 def test_an_idle_kill_counts():

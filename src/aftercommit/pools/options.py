@@ -11,7 +11,7 @@ from sqlalchemy.exc import ArgumentError
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from aftercommit.errors import ConfigurationError
-from aftercommit.pools import sqlite
+from aftercommit.pools import network, sqlite
 from aftercommit.pools.register import AsyncExplainingPool, ExplainingPool
 from aftercommit.pools.urls import PACKAGES, Flavour, is_sqlite, render
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from aftercommit.pools.settings import PoolSettings
 
-__all__ = ["check_options", "engine_options", "engine_url"]
+__all__ = ["check_options", "connect_args", "engine_options", "engine_url"]
 
 _OURS: Final = ("pool_size", "max_overflow", "pool_timeout", "pool_recycle", "pool_pre_ping", "isolation_level")
 _APPLICATION_NAME: Final = "application_name"
@@ -44,18 +44,20 @@ def engine_options(
             "pool_recycle": settings.pool_recycle,
         }
         options.setdefault("poolclass", AsyncExplainingPool if flavour == "async" else ExplainingPool)
-    options["connect_args"] = _connect_args(f"aftercommit:{name}", url, given.get("connect_args") or {})
+    options["connect_args"] = connect_args(f"aftercommit:{name}", url, given.get("connect_args") or {})
     return options
 
 
-def _connect_args(label: str, url: URL, given: Mapping[str, Any]) -> dict[str, Any]:
+def connect_args(label: str, url: URL, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the driver is given at each connection: the user's arguments over ours."""
     if is_sqlite(url):
         return {"timeout": sqlite.BUSY_TIMEOUT, **given}
     named = url.query.get(_APPLICATION_NAME)
+    ours = network.patience(url, given)
     if _is_asyncpg(url):
         server_settings = {_APPLICATION_NAME: named or label, **given.get("server_settings", {})}
-        return {**given, "server_settings": server_settings}
-    return dict(given) if named else {_APPLICATION_NAME: label, **given}
+        return {**ours, **given, "server_settings": server_settings}
+    return {**ours, **given} if named else {**ours, _APPLICATION_NAME: label, **given}
 
 
 def check_options(flavour: Flavour, options: Mapping[str, Any], url: URL | None) -> None:

@@ -18,6 +18,7 @@ import re
 import sqlite3
 import threading
 from collections import defaultdict
+from contextlib import suppress
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -58,6 +59,7 @@ def set_up(engine: Engine) -> None:
     event.listen(engine, "begin", _on_begin)
     event.listen(engine, "savepoint", _on_savepoint)
     event.listen(engine, "before_cursor_execute", _on_execute)
+    event.listen(engine, "invalidate", _on_invalidate)
 
 
 def be_impatient(connection: DBAPIConnection, record: ConnectionPoolEntry, seconds: float) -> None:
@@ -83,6 +85,17 @@ def needs_lock(statement: str) -> bool:
     if word == "WITH":
         return _WRITING_WORD.search(statement) is not None
     return True
+
+
+def _on_invalidate(connection: DBAPIConnection, _record: Any, _error: BaseException | None) -> None:
+    """End the transaction of a connection that is to be dropped.
+
+    Closing it does not, as long as a cursor lives: in the traceback of the very error that it is dropped for. Whoever
+    keeps that error, and tries to write what became of it, would wait for ever for the lock that it holds.
+    """
+    # Whatever state it is in, it is closed next.
+    with suppress(Exception):
+        connection.rollback()
 
 
 def _on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:

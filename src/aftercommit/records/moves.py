@@ -20,6 +20,7 @@ from uuid import UUID
 
 from aftercommit.records.notifying import notify
 from aftercommit.records.statement import Statement
+from aftercommit.records.waiting import KINDS_LITE, KINDS_PG
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Sequence
@@ -42,7 +43,6 @@ __all__ = [
     "give_back",
     "limit_time",
     "lock",
-    "next_due",
     "rehome",
     "retry",
     "save_checkpoint",
@@ -300,7 +300,7 @@ def _entry(claim: Claim, failure: Failure, at: str) -> str:
 
 _RETURNED: Final = (
     "RETURNING id, task, CAST(arguments AS text), attempt, claims, max_attempts, parent, CAST(context AS text), "
-    "CAST(checkpoint AS text), "
+    "CAST(checkpoint AS text), priority, "
 )
 _NOT_PAUSED: Final = "NOT EXISTS (SELECT 1 FROM aftercommit_pool p WHERE p.name = :pool)"
 _CLAIM = Statement(
@@ -322,26 +322,60 @@ _ANY_DUE = Statement(
     f"SELECT EXISTS (SELECT 1 FROM aftercommit_task WHERE state = 'queued' AND pool = :pool AND run_at <= {_LITE_NOW} "
     f"AND task IN (SELECT value FROM json_each(:names)) AND {_NOT_PAUSED})"
 )
-_NEXT_DUE = Statement(
-    "SELECT t.pool, EXTRACT(EPOCH FROM MIN(t.run_at) - now()) FROM aftercommit_task t WHERE t.state = 'queued' "
-    "AND t.task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json)))) "
-    "AND NOT EXISTS (SELECT 1 FROM aftercommit_pool p WHERE p.name = t.pool) GROUP BY t.pool "
-    "UNION ALL SELECT name, NULL FROM aftercommit_pool",
-    "SELECT t.pool, (julianday(MIN(t.run_at)) - julianday('now')) * 86400.0 FROM aftercommit_task t "
-    "WHERE t.state = 'queued' AND t.task IN (SELECT value FROM json_each(:names)) "
-    "AND NOT EXISTS (SELECT 1 FROM aftercommit_pool p WHERE p.name = t.pool) GROUP BY t.pool "
-    "UNION ALL SELECT name, NULL FROM aftercommit_pool",
+# The same where tasks stand in the way which cannot be taken: the first few of every kind, and of these the best. Not
+# always, because on PostgreSQL it locks, for its own length, more than it takes.
+_OF_A_KIND: Final = (
+    "FROM aftercommit_task t WHERE t.state = 'queued' AND t.pool = k.pool AND t.task = k.task "
+    "AND t.priority = k.priority AND t.run_at <= {now} ORDER BY t.run_at, t.id LIMIT :count"
+)
+_KNOWN_KINDS_LITE: Final = (
+    f"FROM kinds k {{join}} WHERE k.pool = :pool AND k.task IN (SELECT value FROM json_each(:names)) AND {_NOT_PAUSED}"
+)
+_CLAIM_CROWDED = Statement(
+    f"WITH {KINDS_PG}, due AS (SELECT d.id AS due_id FROM kinds k CROSS JOIN LATERAL (SELECT t.id, t.run_at "
+    f"{_OF_A_KIND.format(now='now()')} FOR UPDATE SKIP LOCKED) d WHERE k.pool = :pool "
+    f"AND k.task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json)))) AND {_NOT_PAUSED} "
+    "ORDER BY k.priority DESC, d.run_at, d.id LIMIT :count) "
+    "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = attempt + 1, claims = claims + 1, "
+    f"queued_key = NULL, started_at = {_PG_NOW} FROM due WHERE id = due_id {_RETURNED} "
+    "EXTRACT(EPOCH FROM now() - run_at)",
+    "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = attempt + 1, claims = claims + 1, "
+    f"queued_key = NULL, started_at = {_LITE_NOW} WHERE id IN (WITH {KINDS_LITE} SELECT c.id "
+    + _KNOWN_KINDS_LITE.format(
+        join=f"JOIN aftercommit_task c ON c.id IN (SELECT t.id {_OF_A_KIND.format(now=_LITE_NOW)})"
+    )
+    + f" ORDER BY c.priority DESC, c.run_at, c.id LIMIT :count) {_RETURNED} "
+    "(julianday('now') - julianday(run_at)) * 86400.0",
+)
+_ANY_DUE_CROWDED = Statement(
+    f"WITH {KINDS_LITE} SELECT EXISTS (SELECT 1 "
+    + _KNOWN_KINDS_LITE.format(join="")
+    + f" AND EXISTS (SELECT 1 {_OF_A_KIND.format(now=_LITE_NOW)}))",
 )
 
 
-def claim(connection: Connection, *, pool: str, names: Sequence[str], worker: UUID, count: int) -> list[Claimed]:
-    """Take up to *count* due tasks of *pool*, of those *names* only, highest priority first, then oldest first."""
+def claim(
+    connection: Connection, *, pool: str, names: Sequence[str], worker: UUID, count: int, crowded: bool = False
+) -> list[Claimed]:
+    """Take up to *count* due tasks of *pool*, of those *names* only, highest priority first, then oldest first.
+
+    Args:
+        connection: In a transaction, or in autocommit.
+        pool: The pool.
+        names: The tasks that the worker knows.
+        worker: Who takes them.
+        count: How many at most.
+        crowded: Whether many tasks may stand in the way that cannot be taken (``Waiting.is_crowded``). Then fewer than
+            *count* do not say that there are no more: others may have been looking at them in the same moment.
+    """
     parameters = {"pool": pool, "names": json.dumps(list(names)), "worker": worker, "count": count}
-    if connection.dialect.name == "sqlite" and not _ANY_DUE.execute(connection, parameters).scalar():
-        # A claim that finds nothing would wait for the write lock all the same.
-        return []
-    rows = _CLAIM.execute(connection, parameters).all()
-    found = [
+    if connection.dialect.name == "sqlite":
+        any_due = _ANY_DUE_CROWDED if crowded else _ANY_DUE
+        if not any_due.execute(connection, parameters).scalar():
+            # A claim that finds nothing would wait for the write lock all the same.
+            return []
+    rows = (_CLAIM_CROWDED if crowded else _CLAIM).execute(connection, parameters).all()
+    return [
         Claimed(
             claim=Claim(_uuid(row[0]), row[3], row[4]),
             task=row[1],
@@ -350,12 +384,11 @@ def claim(connection: Connection, *, pool: str, names: Sequence[str], worker: UU
             parent=None if row[6] is None else _uuid(row[6]),
             context=row[7],
             checkpoint=row[8],
-            waited=max(0.0, float(row[9])),
+            waited=max(0.0, float(row[10])),
         )
-        for row in rows
+        # An UPDATE returns its rows in no order in particular; ids rise with time.
+        for row in sorted(rows, key=lambda row: (-row[9], -float(row[10]), str(row[0])))
     ]
-    # An UPDATE returns its rows in no order in particular; ids rise with time.
-    return sorted(found, key=lambda each: (-each.waited, each.claim.id))
 
 
 _CLAIM_ONE = Statement(
@@ -369,12 +402,6 @@ _CLAIM_ONE = Statement(
 def claim_one(connection: Connection, record: UUID, *, worker: UUID) -> bool:
     """Take one queued task for its first attempt, due or not: a test does not wait."""
     return _CLAIM_ONE.execute(connection, {"id": record, "worker": worker}).rowcount == 1
-
-
-def next_due(connection: Connection, *, names: Sequence[str]) -> dict[str, float | None]:
-    """Seconds until the next queued task of each pool is due, negative if one is; None for a pool that is paused."""
-    rows = _NEXT_DUE.execute(connection, {"names": json.dumps(list(names))})
-    return {pool: None if seconds is None else float(seconds) for pool, seconds in rows}
 
 
 _REHOME = Statement(

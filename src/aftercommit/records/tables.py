@@ -155,11 +155,22 @@ _queued = TaskRecord.state == "queued"
 _running = TaskRecord.state == "running"
 _finished = TaskRecord.finished_at.is_not(None)
 
-# One per question: what is due next in a pool, who holds what, what a key already waits for, what may be pruned.
+# One per question: what is due next in a pool, what waits there of which kind, who holds what, what a key already
+# waits for, what may be pruned.
 Index(
     "aftercommit_task_due",
     TaskRecord.pool,
     TaskRecord.priority.desc(),
+    TaskRecord.run_at,
+    TaskRecord.id,
+    postgresql_where=_queued,
+    sqlite_where=_queued,
+)
+Index(
+    "aftercommit_task_waiting",
+    TaskRecord.pool,
+    TaskRecord.task,
+    TaskRecord.priority,
     TaskRecord.run_at,
     TaskRecord.id,
     postgresql_where=_queued,

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sqlalchemy import create_engine, event
 
+from aftercommit.pools import network
 from aftercommit.pools.pools import BOOKKEEPING, Pool
 from aftercommit.pools.sqlite import be_impatient
 from aftercommit.tasks.transient import is_disconnect
@@ -59,9 +60,11 @@ class Bookkeeper:
         self._jobs: deque[tuple[Callable[[Connection], Any], Future[Any]]] = deque()
         self._woken = False
         self._stopping = False
+        self._given_up = False
         self._ended = False
         self._thread: threading.Thread | None = None
         self._loop: asyncio.Runner | None = None
+        self._connection: Connection | None = None
 
     def start(self) -> None:
         """Start the thread."""
@@ -75,6 +78,12 @@ class Bookkeeper:
             self._wake.notify()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout)
+            connection = self._connection
+            if self._thread.is_alive() and connection is not None:
+                # The server does not answer, and there are those who wait for what it was asked.
+                self._given_up = True
+                network.cut(connection)
+                self._thread.join(timeout)
 
     @property
     def is_alive(self) -> bool:
@@ -123,6 +132,7 @@ class Bookkeeper:
         done: list[bool] = []
 
         def work_once(connection: Connection) -> T:
+            self._connection = connection
             result = work(connection)
             done.append(True)
             return result
@@ -131,10 +141,12 @@ class Bookkeeper:
             return self._execute(work_once, autocommit=autocommit)
         except Exception as exc:
             # The connection sat idle, and somebody closed it meanwhile: nothing was done yet, or was rolled back.
-            if done or not is_disconnect(exc):
+            if done or self._stopping or not is_disconnect(exc):
                 raise
             self._drop_connections()
             return self._execute(work, autocommit=autocommit)
+        finally:
+            self._connection = None
 
     def _drop_connections(self) -> None:
         """A demoted primary goes on answering: its connections are no use, and the pool does not know it."""
@@ -184,6 +196,9 @@ class Bookkeeper:
 
     def _do(self, work: Callable[[Connection], Any], future: Future[Any]) -> None:
         if not future.set_running_or_notify_cancel():
+            return
+        if self._given_up:
+            future.set_exception(BooksClosed("the database did not answer, and the runner has stopped"))
             return
         try:
             result = self.execute(work)

@@ -15,6 +15,8 @@ from uuid import uuid4
 from sqlalchemy import NullPool
 from sqlalchemy.ext.asyncio import create_async_engine
 
+from aftercommit.pools import network
+from aftercommit.pools.options import connect_args, engine_url
 from aftercommit.records import notifying
 from aftercommit.runner.bookkeeper import Bookkeeper
 
@@ -141,8 +143,11 @@ class Listener:
 
     async def _listen(self) -> None:
         delay, longest = _AGAIN_SECONDS
+        url = engine_url(self._url)
+        options = connect_args("aftercommit:listener", self._url, self._connect_args)
         while not self._stopping.is_set():
-            engine = create_async_engine(self._url, poolclass=NullPool, connect_args=self._labelled())
+            engine = create_async_engine(url, poolclass=NullPool, connect_args=options)
+            network.set_up(engine.sync_engine)
             try:
                 async with engine.connect() as connection:
                     # Not the engine: SQLAlchemy's first questions stay in a transaction, or they would fail on asyncpg
@@ -159,15 +164,6 @@ class Listener:
             delay = _AGAIN_SECONDS[0] if self.is_trusted else min(delay * 2, longest)
             self.is_trusted = False
             await self._first(self._stopping.wait(), seconds=delay)
-
-    def _labelled(self) -> dict[str, Any]:
-        given = dict(self._connect_args)
-        if "application_name" in self._url.query:
-            return given
-        label = {"application_name": "aftercommit:listener"}
-        if self._url.get_driver_name() == "asyncpg":
-            return {**given, "server_settings": {**label, **given.get("server_settings", {})}}
-        return {**label, **given}
 
     async def _hear(self, connection: AsyncConnection, engine: AsyncEngine) -> None:
         driver: Any = (await connection.get_raw_connection()).driver_connection

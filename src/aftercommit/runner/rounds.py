@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from aftercommit import signals
 from aftercommit.errors import LostClaim
-from aftercommit.records import moves, sweeping, workers
+from aftercommit.records import moves, sweeping, waiting, workers
 from aftercommit.runner.run import Run
 from aftercommit.tasks.transient import Fault, fault_of
 
@@ -87,6 +87,7 @@ class Rounds:
         self._sweep_took = 0.0
         self._sweep_read = 0.0
         self._fruitless = 0
+        self._crowded: set[str] = set()
         self._wakes_at = 0.0
         self._last_beat = time.monotonic()
         self._loop_seen = time.monotonic()
@@ -285,25 +286,27 @@ class Rounds:
     def _poll(self) -> None:
         runner = self._runner
         names = runner.names()
-        due = runner.books.execute(lambda c: moves.next_due(c, names=names), autocommit=True)
+        found = runner.books.execute(lambda c: waiting.look(c, names=names), autocommit=True)
+        due = {pool: each.seconds for pool, each in found.items() if each.seconds is not None}
+        self._crowded = {pool for pool, each in found.items() if each.is_crowded}
         following = self._pace.poll_listening if runner.is_listening else self._pace.poll
         # A transaction pooler lets no LISTEN through, so where that works by the database's own URL there is none.
         runner.books.is_direct = runner.is_listening and not runner.listens_elsewhere
         if runner.books.is_asyncpg and not runner.is_listening:
             # There a look is a transaction, three statements, and idle workers must cost next to nothing.
             following = max(following, _POLL_IN_TRANSACTIONS)
-        if all(seconds is None or seconds > 0 for seconds in due.values()):
+        if all(seconds > 0 for seconds in due.values()):
             self._fruitless = 0
         for name, lane in runner.lanes.items():
+            runner.set_paused(lane, paused=name in found and found[name].is_paused)
             seconds = due.get(name)
-            runner.set_paused(lane, paused=name in due and seconds is None)
             if seconds is None:
                 continue
             if seconds <= 0:
                 lane.expect()
             else:
                 following = min(following, seconds)
-        self._rehome({pool for pool, seconds in due.items() if seconds is not None})
+        self._rehome(set(due))
         self._next_poll = time.monotonic() + following
 
     def _rehome(self, pools: set[str]) -> None:
@@ -330,10 +333,12 @@ class Rounds:
         runner = self._runner
         mark = lane.heard
         names = runner.names()
+        crowded = lane.name in self._crowded
         claimed = runner.books.execute(
-            lambda c: moves.claim(c, pool=lane.name, names=names, worker=runner.id, count=count), autocommit=True
+            lambda c: moves.claim(c, pool=lane.name, names=names, worker=runner.id, count=count, crowded=crowded),
+            autocommit=True,
         )
-        if len(claimed) < count:
+        if len(claimed) < (1 if crowded else count):
             lane.looked(mark)
         if claimed:
             self._fruitless = 0

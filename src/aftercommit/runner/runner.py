@@ -15,7 +15,8 @@ from sqlalchemy.exc import DBAPIError
 
 from aftercommit import signals
 from aftercommit.errors import ConfigurationError, TaskTimeout
-from aftercommit.records import moves, notifying, workers
+from aftercommit.pools import network
+from aftercommit.records import moves, notifying, waiting, workers
 from aftercommit.records.ids import uuid7
 from aftercommit.runner.around import around
 from aftercommit.runner.bookkeeper import Bookkeeper
@@ -78,6 +79,7 @@ class Runner:
         self._notify_url = notify_url
         self._listener: Listener | None = None
         self._overrun: set[threading.Thread] = set()
+        self._writing_seconds = _WRITING_SECONDS
         self._changed = threading.Condition()
         self._changed_on_loop: asyncio.Event | None = None
         self.lanes = {
@@ -181,6 +183,9 @@ class Runner:
                 "Task %r (%s) did not end in time: it goes on in a process that is stopping, and can commit nothing",
                 run.name, run.id,
             )  # fmt: skip
+            if run.task.is_async and run.connection is not None:
+                # It may be the server that does not answer, and a loop does not close before its last task has ended.
+                network.cut(run.connection)
         await self._hand_back(hanging)
         return len(leftover)
 
@@ -191,8 +196,7 @@ class Runner:
             workers.sign_off(connection, self.id)
 
         try:
-            async with asyncio.timeout(_WRITING_SECONDS):
-                await self._write_patiently(leave)
+            await self._write_patiently(leave)
         except Exception as exc:  # noqa: BLE001  # others see by its silence what it could not say
             logger.warning("The worker could not sign off; it will be seen as silent: %s", exc)
 
@@ -217,8 +221,7 @@ class Runner:
             given[:] = [run for run in mine if _write_back(connection, run)]
 
         try:
-            async with asyncio.timeout(_WRITING_SECONDS):
-                await self._write_patiently(write)
+            await self._write_patiently(write)
         except Exception as exc:  # noqa: BLE001  # the database itself may be what is failing
             logger.warning("%d task(s) could not be given back; they will be rescued: %s", len(mine), exc)
             return 0
@@ -231,14 +234,20 @@ class Runner:
 
     async def _write_patiently(self, work: Callable[[Connection], None]) -> None:
         """Write, as soon as whoever is in the way lets us: on SQLite, a task with the write lock."""
-        while True:
-            try:
-                await self.books.async_call(work)
-            except DBAPIError as exc:
-                if fault_of(exc) is not Fault.CONFLICT:
-                    raise
-            else:
-                return
+        try:
+            async with asyncio.timeout(self._writing_seconds):
+                while True:
+                    try:
+                        await self.books.async_call(work)
+                    except DBAPIError as exc:
+                        if fault_of(exc) is not Fault.CONFLICT:
+                            raise
+                    else:
+                        return
+        except TimeoutError as exc:
+            # A database that does not answer is not asked for as long once more: all stops together have their limit.
+            seconds, self._writing_seconds = self._writing_seconds, 1.0
+            raise TimeoutError(f"the database did not answer within {seconds:g} s") from exc
 
     def _report_memory_lost(self, run: Run) -> None:
         self._let_go(run)
@@ -488,11 +497,15 @@ class Runner:
         return not self.is_durable or self.books.call(self._nothing_due)
 
     def _nothing_due(self, connection: Connection) -> bool:
-        due = moves.next_due(connection, names=self.names())
-        waiting = [pool for pool, seconds in due.items() if seconds is not None and seconds <= 0 and pool in self.lanes]
-        for pool in waiting:
+        found = waiting.look(connection, names=self.names())
+        due = [
+            pool
+            for pool, each in found.items()
+            if pool in self.lanes and each.seconds is not None and each.seconds <= 0
+        ]
+        for pool in due:
             self.lanes[pool].expect()
-        return not waiting and not moves.any_running(connection, names=self.names())
+        return not due and not moves.any_running(connection, names=self.names())
 
     def refuse_own_loop(self) -> None:
         """Raise where waiting would keep the very tasks that are waited for from running."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from aftercommit.errors import CommitWithoutCheckpoint, ConfigurationError, LostClaim, PayloadError, RowGone
-from aftercommit.tasks.transient import Fault, describe, fault_of, is_disconnect
+from aftercommit.tasks.transient import Fault, describe, fault_of, is_disconnect, is_read_only
 
 if TYPE_CHECKING:
     from random import Random
@@ -196,7 +196,8 @@ def decide(
     again = _repeat(error, fault, repeats=repeats, saw_unique=saw_unique, saw_conflict=saw_conflict, rng=rng)
     if again is not None:
         return again
-    if fault not in _ATTEMPTS and not _is_named(error, policy.on):
+    may_pass = fault in _ATTEMPTS or is_read_only(error)
+    if not may_pass and not _is_named(error, policy.on):
         return GiveUp(reason=f"{describe(error)}: {_WHY[fault]}")
     if attempt >= policy.attempts:
         return GiveUp(reason=f"{describe(error)}; that was attempt {attempt} of {policy.attempts}")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
 
-__all__ = ["Fault", "describe", "fault_of", "is_disconnect"]
+__all__ = ["Fault", "describe", "fault_of", "is_disconnect", "is_read_only", "met_in_commit"]
 
 
 class Fault(enum.Enum):
@@ -41,7 +41,8 @@ class Fault(enum.Enum):
 
     STALE = "stale"
     """The connection is of no use any more, though it lives: 25006 (a primary no longer), 26000 and 0A000
-    (prepared before a migration), an SQLite file opened read-only. Drop it and run again, once."""
+    (prepared before a migration), an SQLite file opened read-only. Drop it and run again, once; a database that
+    still refuses to write (``is_read_only``) uses up attempts from there."""
 
     IDLE = "idle"
     """Killed for being idle or open too long: 25P03, 25P04, 57P05. An attempt. asyncpg tells only where a statement
@@ -74,6 +75,21 @@ def is_disconnect(error: BaseException) -> bool:
     already.
     """
     return _verdict(error).drop
+
+
+def is_read_only(error: BaseException) -> bool:
+    """Tell whether the database refused to write: a primary no longer, or a file that was opened read-only.
+
+    Unlike the other reasons for ``Fault.STALE`` it may last: until somebody else is the primary.
+    """
+    code = _code(_unit(_verdict(error).link)) or ""
+    return code == "25006" or code.startswith("SQLITE_READONLY")
+
+
+def met_in_commit(error: BaseException) -> bool:
+    """Tell whether *error* ended a COMMIT: if the connection was lost, nobody knows what the server did with it."""
+    places = _places(error.__traceback__)
+    return any(function == _SENDING_COMMIT and module.startswith("sqlalchemy.") for module, function in places)
 
 
 def describe(error: BaseException) -> str:
@@ -135,6 +151,9 @@ _DRIVERS: Final = frozenset({"psycopg", "asyncpg", "sqlite3"})
 _INTERFACE_ERRORS: Final = frozenset({("asyncpg", "InterfaceError"), ("sqlalchemy", "InterfaceError")})
 _ALIVE: Final = frozenset({Fault.CONFLICT, Fault.UNIQUE, Fault.PERMANENT})
 _CONNECTING: Final = frozenset({("asyncpg.connection", "connect"), ("asyncpg.connect_utils", "_connect")})
+
+_SENDING_COMMIT: Final = "do_commit"
+"""The method of SQLAlchemy's dialects that sends a COMMIT, and does nothing else."""
 
 
 # --- the verdict ------------------------------------------------------------------------------------------------

@@ -1,0 +1,94 @@
+"""What waits, by pool, task and priority: a look that costs as many steps as there are of these, not of tasks.
+
+The queue of a pool may hold hundreds of thousands: delayed until tomorrow, or of a name that nobody here knows. Both
+stand in the way of whoever reads the queue from its front.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from aftercommit.records.statement import Statement
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy import Connection
+
+__all__ = ["KINDS_LITE", "KINDS_PG", "Waiting", "look"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Waiting:
+    """What waits in one pool.
+
+    Attributes:
+        seconds: Until the next task of a known name is due, negative if one is; None if there is none, or if the pool
+            is paused.
+        is_paused: Whether nobody starts tasks in it.
+        is_crowded: Whether tasks stand among those that are due which cannot be taken: of other names, or not yet due.
+    """
+
+    seconds: float | None
+    is_paused: bool
+    is_crowded: bool
+
+
+# Every (pool, task, priority) that is queued, each found by one step into the index behind the one before.
+_FIRST: Final = (
+    "SELECT pool, task, priority FROM aftercommit_task WHERE state = 'queued' AND pool >= '' "
+    "ORDER BY pool, task, priority LIMIT 1"
+)
+_NEXT: Final = "FROM aftercommit_task t WHERE t.state = 'queued' AND "
+_IN_ORDER: Final = "ORDER BY t.pool, t.task, t.priority LIMIT 1"
+KINDS_PG: Final = (
+    f"RECURSIVE kinds AS (({_FIRST}) UNION ALL SELECT n.pool, n.task, n.priority FROM kinds k CROSS JOIN LATERAL "
+    f"(SELECT t.pool, t.task, t.priority {_NEXT} (t.pool, t.task, t.priority) > (k.pool, k.task, k.priority) "
+    f"{_IN_ORDER}) n)"
+)
+# SQLite begins at what is equal to a row of values, and reads all of it to find what is greater.
+KINDS_LITE: Final = (
+    f"RECURSIVE kinds(pool, task, priority) AS (SELECT * FROM ({_FIRST}) UNION ALL SELECT n.pool, n.task, n.priority "
+    "FROM kinds k JOIN aftercommit_task n ON n.rowid = COALESCE("
+    f"(SELECT t.rowid {_NEXT} t.pool = k.pool AND t.task = k.task AND t.priority > k.priority {_IN_ORDER}), "
+    f"(SELECT t.rowid {_NEXT} t.pool = k.pool AND t.task > k.task {_IN_ORDER}), "
+    f"(SELECT t.rowid {_NEXT} t.pool > k.pool {_IN_ORDER})))"
+)
+_OF_A_KIND: Final = (
+    "(SELECT t.run_at FROM aftercommit_task t WHERE t.state = 'queued' AND t.pool = k.pool AND t.task = k.task "
+    "AND t.priority = k.priority ORDER BY t.run_at {order} LIMIT 1)"
+)
+_ENDS: Final = (
+    f"ends AS (SELECT k.pool, k.task, {_OF_A_KIND.format(order='')} AS first, "
+    f"{_OF_A_KIND.format(order='DESC')} AS last FROM kinds k "
+    "WHERE NOT EXISTS (SELECT 1 FROM aftercommit_pool p WHERE p.name = k.pool))"
+)
+_LOOK = Statement(
+    f"WITH {KINDS_PG}, {_ENDS}, known AS (SELECT json_array_elements_text(CAST(:names AS json)) AS task) "
+    "SELECT e.pool, EXTRACT(EPOCH FROM MIN(e.first) FILTER (WHERE e.task IN (SELECT task FROM known)) - now()), "
+    "false, bool_or(e.last > now() OR e.task NOT IN (SELECT task FROM known)) FROM ends e GROUP BY e.pool "
+    "UNION ALL SELECT name, NULL, true, false FROM aftercommit_pool",
+    f"WITH {KINDS_LITE}, {_ENDS}, known AS (SELECT value AS task FROM json_each(:names)) "
+    "SELECT e.pool, (julianday(MIN(CASE WHEN e.task IN (SELECT task FROM known) THEN e.first END)) "
+    "- julianday('now')) * 86400.0, "
+    "0, MAX(julianday(e.last) > julianday('now') OR e.task NOT IN (SELECT task FROM known)) FROM ends e "
+    "GROUP BY e.pool UNION ALL SELECT name, NULL, 1, 0 FROM aftercommit_pool",
+)
+
+
+def look(connection: Connection, *, names: Sequence[str]) -> dict[str, Waiting]:
+    """Say what waits in each pool that has a queued task, and which pools are paused.
+
+    Args:
+        connection: In a transaction, or in autocommit.
+        names: The tasks that the worker knows.
+    """
+    rows = _LOOK.execute(connection, {"names": json.dumps(list(names))})
+    return {
+        pool: Waiting(
+            seconds=None if seconds is None else float(seconds), is_paused=bool(paused), is_crowded=bool(crowded)
+        )
+        for pool, seconds, paused, crowded in rows
+    }
