@@ -146,18 +146,32 @@ class SessionEnded(AfterCommitError):
 
 
 class PoolExhausted(AfterCommitError, sqlalchemy.exc.TimeoutError):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """No connection of a pool came free in time.
+    """No connection of a pool came free in time, or none could ever come free.
 
     Attributes:
         pool: The pool's name.
+        waiting_themselves: How many of those who hold its connections wait for another one.
+        is_standstill: Whether it was refused at once, because everybody who could have given one back waits himself.
+        is_alone: Whether all of them are held by the one who was refused: to try again would be in vain.
     """
 
     # SQLAlchemy's errors have a code of the instance, ours of the class.
     code = "AC203"  # type: ignore[misc]
 
-    def __init__(self, message: str, *, pool: str) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        pool: str,
+        waiting_themselves: int = 0,
+        is_standstill: bool = False,
+        is_alone: bool = False,
+    ) -> None:
         super().__init__(message)
         self.pool = pool
+        self.waiting_themselves = waiting_themselves
+        self.is_standstill = is_standstill
+        self.is_alone = is_alone
 
 
 # --- runs of tasks ----------------------------------------------------------------------------------------------
