@@ -28,6 +28,7 @@ __all__ = [
     "RunnerNotRunning",
     "SchemaError",
     "SessionEnded",
+    "SessionShared",
     "TaskDefinitionError",
     "TaskStateError",
     "TaskTimeout",
@@ -143,6 +144,26 @@ class SessionEnded(AfterCommitError):
         self.owner = owner
         self.ended_for = ended_for
         self.operation = operation
+
+
+class SessionShared(AfterCommitError):
+    """A session was used while somebody else's call on it was under way. Nothing was done; the other goes on.
+
+    Attributes:
+        owner: Who has the session: a request line, a task with its attempt, or a line of code.
+        operation: What was refused, such as ``"execute"``.
+        doing: What the first user was in, such as ``"flush"``.
+        line: Where, as ``"file:line in function"``; None where that cannot be seen.
+    """
+
+    code = "AC103"
+
+    def __init__(self, message: str, *, owner: str, operation: str, doing: str, line: str | None) -> None:
+        super().__init__(message)
+        self.owner = owner
+        self.operation = operation
+        self.doing = doing
+        self.line = line
 
 
 class PoolExhausted(AfterCommitError, sqlalchemy.exc.TimeoutError):  # pyright: ignore[reportIncompatibleVariableOverride]

@@ -14,6 +14,7 @@ from sqlalchemy.orm import Session
 
 from aftercommit.sessions.ended import end_for_good, explain_survivors
 from aftercommit.sessions.owner import OWNER, Owner
+from aftercommit.sessions.sharing import guard_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -32,12 +33,13 @@ class Scope:
         owner: Who has it.
     """
 
-    __slots__ = ("owner", "session")
+    __slots__ = ("_guard", "owner", "session")
 
     def __init__(self, make: Callable[[], Session], owner: Owner) -> None:
         self.owner = owner
         self.session = make()
         self.session.info[OWNER] = owner
+        self._guard = guard_session(self.session, owner)
 
     def __enter__(self) -> Session:
         """The session."""
@@ -59,7 +61,11 @@ class Scope:
             self.session.commit()
 
     def end(self) -> None:
-        """Give the connection back, rolling back what was not committed, and refuse every further use."""
+        """Give the connection back, rolling back what was not committed, and refuse every further use.
+
+        A call of somebody else's that is under way is waited for: it must not have its connection taken away.
+        """
+        is_first = self._guard.take()
         try:
             if self.session.in_transaction():
                 _roll_back(self.session)
@@ -69,6 +75,8 @@ class Scope:
                 self.session.close()
             finally:
                 end_for_good(self.session, self.owner)
+                if is_first:
+                    self._guard.leave()
 
 
 class AsyncScope:
@@ -79,12 +87,13 @@ class AsyncScope:
         owner: Who has it.
     """
 
-    __slots__ = ("owner", "session")
+    __slots__ = ("_guard", "owner", "session")
 
     def __init__(self, make: Callable[[], AsyncSession], owner: Owner) -> None:
         self.owner = owner
         self.session = make()
         self.session.sync_session.info[OWNER] = owner
+        self._guard = guard_session(self.session, owner)
 
     async def __aenter__(self) -> AsyncSession:
         """The session."""
@@ -105,16 +114,21 @@ class AsyncScope:
             await shielded(self.session.commit())
 
     async def end(self) -> None:
-        """Give the connection back, rolling back what was not committed, and refuse every further use."""
+        """Give the connection back, rolling back what was not committed, and refuse every further use.
+
+        A call of somebody else's that is under way is waited for: it must not have its connection taken away.
+        """
         await shielded(self._finish(commit=False))
 
     async def _finish(self, *, commit: bool) -> None:
         session = self.session
+        is_first = False
         try:
-            if session.in_transaction():
-                await (session.commit() if commit else session.run_sync(_roll_back))
+            if commit and session.in_transaction():
+                await session.commit()
         finally:
             try:
+                is_first = await self._guard.async_take()
                 # A session that failed to commit is still in its transaction; the close below rolls it back,
                 # but only the rollback tells that its tasks are gone on purpose.
                 if session.in_transaction():
@@ -125,6 +139,8 @@ class AsyncScope:
                     await session.close()
                 finally:
                     end_for_good(session, self.owner)
+                        if is_first:
+                        self._guard.leave()
 
 
 def _roll_back(session: Session) -> None:
