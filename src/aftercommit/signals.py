@@ -28,6 +28,7 @@ __all__ = [
     "ConnectionReturned",
     "LoopBlocked",
     "RunSignal",
+    "SessionLeaked",
     "Signal",
     "TaskFailed",
     "TaskGivenBack",
@@ -230,6 +231,25 @@ class ConnectionReturned(Signal):
 
     pool: str
     owner: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionLeaked(Signal):
+    """A session was dropped without being ended, and its connection was given back, rolled back.
+
+    Told when the garbage collector finds the session, on whichever thread that is, between any two lines of code.
+
+    Attributes:
+        pool: The pool it was opened on.
+        owner: Who had it: a request line, a task with its attempt, or ``code``.
+        line: Where it was opened, as ``"file:line in function"``; None where that is not known.
+        seconds: How long ago that was.
+    """
+
+    pool: str
+    owner: str
+    line: str | None
     seconds: float
 
 

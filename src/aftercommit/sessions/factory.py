@@ -90,22 +90,32 @@ class SessionFactory:
     def scope(self, pool: str, owner: Owner) -> Scope:
         """A session that is not a task's."""
         bind = self._joined() or self.pools[pool].engine
-        return Scope(lambda: self.session_class(bind=bind, **self._joining(), **self._options), owner)
+        return Scope(
+            lambda: self.session_class(bind=bind, **self._joining(), **self._options),
+            owner,
+            pool=pool,
+        )
 
     def async_scope(self, pool: str, owner: Owner) -> AsyncScope:
         """An async session that is not a task's."""
         bind = self._async_joined() or self.pools[pool].async_engine
-        return AsyncScope(lambda: self.async_session_class(bind=bind, **self._joining(), **self._options), owner)
+        return AsyncScope(
+            lambda: self.async_session_class(bind=bind, **self._joining(), **self._options),
+            owner,
+            pool=pool,
+        )
 
     def task_scope(self, pool: str, owner: Owner, isolation_level: str | None) -> Scope:
         """A task's session."""
         bind = self._joined() or self._engine(pool, isolation_level)
-        return Scope(lambda: self.session_class(bind=bind, **self._joining(), **self._task_options), owner)
+        return Scope(lambda: self.session_class(bind=bind, **self._joining(), **self._task_options), owner, pool=pool)
 
     def async_task_scope(self, pool: str, owner: Owner, isolation_level: str | None) -> AsyncScope:
         """A task's async session."""
         bind = self._async_joined() or self._async_engine(pool, isolation_level)
-        return AsyncScope(lambda: self.async_session_class(bind=bind, **self._joining(), **self._task_options), owner)
+        return AsyncScope(
+            lambda: self.async_session_class(bind=bind, **self._joining(), **self._task_options), owner, pool=pool
+        )
 
     def _engine(self, pool: str, level: str | None) -> Engine:
         engine = self.pools[pool].engine

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -12,10 +13,13 @@ import sqlalchemy
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
-__all__ = ["OWNER", "Line", "Owner", "is_ours", "is_users", "owner_of", "user_line"]
+__all__ = ["OWNER", "Line", "Owner", "is_ours", "is_users", "owner_of", "serving", "user_line"]
 
 OWNER: Final = "aftercommit.owner"
 """The key in ``session.info``."""
+
+serving: Final[ContextVar[str | None]] = ContextVar("aftercommit_serving", default=None)
+"""The request that has a session of ours here: what opens another one here says so. Its name, never the session."""
 
 # Frames of these are left out: the reader wants the line that he can change.
 _LIBRARIES: Final = (
@@ -56,7 +60,8 @@ class Owner:
     """Who has a session.
 
     Attributes:
-        name: A request line (``POST /files``), a task (``task 'process_file', attempt 2``), or ``code``.
+        name: A request line (``POST /files``), a task (``task 'process_file', attempt 2``), or ``code``, with the
+            request or task in which that runs, if it is known: ``code in POST /files``.
         line: Where it was opened, if that is known.
         kind: ``"request"``, ``"task"`` or ``"code"``.
         allowed: Seconds for which it may hold a connection; None for what the pool allows.

@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from aftercommit.sessions.ended import end_for_good, explain_survivors
+from aftercommit.sessions.leaks import put_on_leash
 from aftercommit.sessions.owner import OWNER, Owner
 from aftercommit.sessions.sharing import guard_session
 
@@ -31,15 +32,17 @@ class Scope:
     Args:
         make: Makes the session; nothing is connected before it is used.
         owner: Who has it.
+        pool: Where its connections come from.
     """
 
-    __slots__ = ("_guard", "owner", "session")
+    __slots__ = ("_guard", "_leash", "owner", "session")
 
-    def __init__(self, make: Callable[[], Session], owner: Owner) -> None:
+    def __init__(self, make: Callable[[], Session], owner: Owner, *, pool: str) -> None:
         self.owner = owner
         self.session = make()
         self.session.info[OWNER] = owner
         self._guard = guard_session(self.session, owner)
+        self._leash = put_on_leash(self.session, owner, pool)
 
     def __enter__(self) -> Session:
         """The session."""
@@ -75,6 +78,7 @@ class Scope:
                 self.session.close()
             finally:
                 end_for_good(self.session, self.owner)
+                self._leash.take_off()
                 if is_first:
                     self._guard.leave()
 
@@ -85,15 +89,17 @@ class AsyncScope:
     Args:
         make: Makes the session; nothing is connected before it is used.
         owner: Who has it.
+        pool: Where its connections come from.
     """
 
-    __slots__ = ("_guard", "owner", "session")
+    __slots__ = ("_guard", "_leash", "owner", "session")
 
-    def __init__(self, make: Callable[[], AsyncSession], owner: Owner) -> None:
+    def __init__(self, make: Callable[[], AsyncSession], owner: Owner, *, pool: str) -> None:
         self.owner = owner
         self.session = make()
         self.session.sync_session.info[OWNER] = owner
         self._guard = guard_session(self.session, owner)
+        self._leash = put_on_leash(self.session.sync_session, owner, pool)
 
     async def __aenter__(self) -> AsyncSession:
         """The session."""
@@ -139,7 +145,8 @@ class AsyncScope:
                     await session.close()
                 finally:
                     end_for_good(session, self.owner)
-                        if is_first:
+                    self._leash.take_off()
+                    if is_first:
                         self._guard.leave()
 
 
