@@ -60,6 +60,8 @@ class SessionFactory:
         # Whatever the user prefers elsewhere: after a commit in the middle of a task, `row.n += 1` on a value that
         # was not expired loses an update that no isolation level can see.
         self._task_options = {**self._options, "expire_on_commit": True}
+        # Whoever says himself what becomes of rows at a commit, means it.
+        self._keeps_rows = "expire_on_commit" not in options
         self._engines: dict[tuple[str, str | None], tuple[Engine, Engine]] = {}
         self._async_engines: dict[tuple[str, str | None], tuple[AsyncEngine, AsyncEngine]] = {}
 
@@ -94,6 +96,7 @@ class SessionFactory:
             lambda: self.session_class(bind=bind, **self._joining(), **self._options),
             owner,
             pool=pool,
+            keeps_rows=self._keeps_rows,
         )
 
     def async_scope(self, pool: str, owner: Owner) -> AsyncScope:
@@ -103,6 +106,7 @@ class SessionFactory:
             lambda: self.async_session_class(bind=bind, **self._joining(), **self._options),
             owner,
             pool=pool,
+            keeps_rows=self._keeps_rows,
         )
 
     def task_scope(self, pool: str, owner: Owner, isolation_level: str | None) -> Scope:

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from aftercommit.sessions.ended import end_for_good, explain_survivors
 from aftercommit.sessions.leaks import put_on_leash
 from aftercommit.sessions.owner import OWNER, Owner
-from aftercommit.sessions.sharing import guard_session
+from aftercommit.sessions.sharing import Guard, guard_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -33,16 +33,18 @@ class Scope:
         make: Makes the session; nothing is connected before it is used.
         owner: Who has it.
         pool: Where its connections come from.
+        keeps_rows: Whether rows that were only read may be read after the end.
     """
 
-    __slots__ = ("_guard", "_leash", "owner", "session")
+    __slots__ = ("_guard", "_keeps_rows", "_leash", "owner", "session")
 
-    def __init__(self, make: Callable[[], Session], owner: Owner, *, pool: str) -> None:
+    def __init__(self, make: Callable[[], Session], owner: Owner, *, pool: str, keeps_rows: bool = False) -> None:
         self.owner = owner
         self.session = make()
         self.session.info[OWNER] = owner
         self._guard = guard_session(self.session, owner)
         self._leash = put_on_leash(self.session, owner, pool)
+        self._keeps_rows = keeps_rows
 
     def __enter__(self) -> Session:
         """The session."""
@@ -61,6 +63,8 @@ class Scope:
     def commit(self) -> None:
         """Commit what there is; without a transaction there is nothing to do."""
         if self.session.in_transaction():
+            if self._keeps_rows:
+                _keep_rows(self.session, self._guard)
             self.session.commit()
 
     def end(self) -> None:
@@ -90,16 +94,18 @@ class AsyncScope:
         make: Makes the session; nothing is connected before it is used.
         owner: Who has it.
         pool: Where its connections come from.
+        keeps_rows: Whether rows that were only read may be read after the end.
     """
 
-    __slots__ = ("_guard", "_leash", "owner", "session")
+    __slots__ = ("_guard", "_keeps_rows", "_leash", "owner", "session")
 
-    def __init__(self, make: Callable[[], AsyncSession], owner: Owner, *, pool: str) -> None:
+    def __init__(self, make: Callable[[], AsyncSession], owner: Owner, *, pool: str, keeps_rows: bool = False) -> None:
         self.owner = owner
         self.session = make()
         self.session.sync_session.info[OWNER] = owner
         self._guard = guard_session(self.session, owner)
         self._leash = put_on_leash(self.session.sync_session, owner, pool)
+        self._keeps_rows = keeps_rows
 
     async def __aenter__(self) -> AsyncSession:
         """The session."""
@@ -131,6 +137,8 @@ class AsyncScope:
         is_first = False
         try:
             if commit and session.in_transaction():
+                if self._keeps_rows:
+                    await session.run_sync(_keep_rows, self._guard)
                 await session.commit()
         finally:
             try:
@@ -148,6 +156,18 @@ class AsyncScope:
                     self._leash.take_off()
                     if is_first:
                         self._guard.leave()
+
+
+def _keep_rows(session: Session, guard: Guard) -> None:
+    """Let what was read stay readable after the last commit, if nothing was written.
+
+    Expiring says that the database may know better after a commit. Where nothing was written, it cannot.
+    """
+    if not guard.may_have_written:
+        # The commit would do so next; what it finds to write is known only then.
+        session.flush()
+    if not guard.may_have_written:
+        session.expire_on_commit = False
 
 
 def _roll_back(session: Session) -> None:
