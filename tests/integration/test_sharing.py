@@ -341,6 +341,26 @@ async def test_an_async_flush_between_two_statements_is_a_use(
 
 
 @sync_drivers
+def test_the_commit_of_a_begun_block_is_a_use(db: Database, gate: Gate, stand_still_in: Callable[..., Any]) -> None:
+    """``with session.begin():`` commits past the session, and has it all the same."""
+    gate.open()
+    with db.session() as session, stand_still_in(session, "before_commit") as (reached, opened):
+        transaction = session.begin()
+        session.add(Effect(label="first"))
+        thread, outcome = in_thread(transaction.commit)
+        assert reached.wait(TIMEOUT)
+
+        with pytest.raises(SessionShared) as caught:
+            session.execute(sa.text("SELECT 1"))
+        opened.set()
+        thread.join(TIMEOUT)
+
+    assert outcome == [None]
+    assert caught.value.doing == "commit"
+    assert gate.effects() == ["first"]
+
+
+@sync_drivers
 def test_rows_that_are_being_loaded_are_a_use(db: Database, gate: Gate, stand_still_in: Callable[..., Any]) -> None:
     """Between a statement and the instances that are made of its rows nobody else may come."""
     gate.open()

@@ -120,9 +120,10 @@ class Register:
         flows = set(pool.flows())
         alone = flows == {this_flow()}
         who = "this very piece of work" if alone else "work that waits for another connection itself, this one included"
+        size = f"size {pool.size()}, overflow {max(0, pool.overflow())}"
         return PoolExhausted(
-            f"Pool {self.pool!r} has no connection left, and to wait for one would be in vain: all {pool.checkedout()} "
-            f"are held by {who}. Refused at once, so that what is held comes back. Held by:\n"
+            f"Pool {self.pool!r} has no connection left, and to wait for one would be in vain: all {len(pool.flows())} "
+            f"({size}) are held by {who}. Refused at once, so that what is held comes back. Held by:\n"
             + self._listed()
             + "\nUse the session that is open already, end or commit it before another is opened, open the other "
             "one on another pool (db.session(pool=…)), or give the pool connections for all: concurrency x "
