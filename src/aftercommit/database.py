@@ -43,7 +43,16 @@ from aftercommit.records.ids import uuid7
 from aftercommit.runner import Outbox, Pace, Runner, TaskHandle, Wanted
 from aftercommit.runner.run import note_fault, stop_at_statement
 from aftercommit.runner.running import Running
-from aftercommit.sessions import Owner, SessionFactory, autocommits, sync_session_of, user_line, wait_for_commit, watch
+from aftercommit.sessions import (
+    Owner,
+    SessionFactory,
+    autocommits,
+    serving,
+    sync_session_of,
+    user_line,
+    wait_for_commit,
+    watch,
+)
 from aftercommit.stats import Stats, snapshot
 from aftercommit.tasks import Retry, Task, TaskSettings, current_run
 from aftercommit.tasks import context as carried
@@ -180,11 +189,11 @@ class Database:
 
         Used after its end, it raises ``SessionEnded``.
         """
-        return self.sessions.scope(pool, Owner("code", user_line()))
+        return self.sessions.scope(pool, _owner())
 
     def async_session(self, pool: str = REQUEST) -> AbstractAsyncContextManager[AsyncSession]:
         """An async session for ``async with``: committed on success, rolled back on error or cancellation, ended."""
-        return self.sessions.async_scope(pool, Owner("code", user_line()))
+        return self.sessions.async_scope(pool, _owner())
 
     def engine(self, pool: str = REQUEST) -> Engine:
         """SQLAlchemy's engine of *pool*, for Alembic and ``create_all``."""
@@ -973,6 +982,13 @@ def _listening(url: str | URL) -> URL:
     if is_sqlite(found.given) or found.asynchronous is None:
         raise ConfigurationError(f"notify_url={render(found.given)!r}: only PostgreSQL has LISTEN. Leave it out.")
     return found.asynchronous
+
+
+def _owner() -> Owner:
+    """The code that opens a session, and what it runs in."""
+    run = current_run()
+    where = f"task {run.name!r}, attempt {run.attempt}" if run is not None else serving.get()
+    return Owner("code" if where is None else f"code in {where}", user_line())
 
 
 def _note_fault(context: Any) -> None:

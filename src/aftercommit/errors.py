@@ -30,6 +30,7 @@ __all__ = [
     "RunnerNotRunning",
     "SchemaError",
     "SessionEnded",
+    "SessionShared",
     "TaskDefinitionError",
     "TaskStateError",
     "TaskTimeout",
@@ -165,19 +166,53 @@ class SessionEnded(AfterCommitError):
         self.operation = operation
 
 
+class SessionShared(AfterCommitError):
+    """A session was used while somebody else's call on it was under way. Nothing was done; the other goes on.
+
+    Attributes:
+        owner: Who has the session: a request line, a task with its attempt, or a line of code.
+        operation: What was refused, such as ``"execute"``.
+        doing: What the first user was in, such as ``"flush"``.
+        line: Where, as ``"file:line in function"``; None where that cannot be seen.
+    """
+
+    code = "AC103"
+
+    def __init__(self, message: str, *, owner: str, operation: str, doing: str, line: str | None) -> None:
+        super().__init__(message)
+        self.owner = owner
+        self.operation = operation
+        self.doing = doing
+        self.line = line
+
+
 class PoolExhausted(AfterCommitError, sqlalchemy.exc.TimeoutError):  # pyright: ignore[reportIncompatibleVariableOverride]
-    """No connection of a pool came free in time.
+    """No connection of a pool came free in time, or none could ever come free.
 
     Attributes:
         pool: The pool's name.
+        waiting_themselves: How many of those who hold its connections wait for another one.
+        is_standstill: Whether it was refused at once, because everybody who could have given one back waits himself.
+        is_alone: Whether all of them are held by the one who was refused: to try again would be in vain.
     """
 
     # SQLAlchemy's errors have a code of the instance, ours of the class.
     code = "AC203"  # type: ignore[misc]
 
-    def __init__(self, message: str, *, pool: str) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        pool: str,
+        waiting_themselves: int = 0,
+        is_standstill: bool = False,
+        is_alone: bool = False,
+    ) -> None:
         super().__init__(message)
         self.pool = pool
+        self.waiting_themselves = waiting_themselves
+        self.is_standstill = is_standstill
+        self.is_alone = is_alone
 
 
 class DatabaseUnavailable(AfterCommitError):

@@ -42,7 +42,7 @@ from starlette.responses import JSONResponse, Response
 from aftercommit.errors import ConfigurationError, HandOverError, PoolExhausted
 from aftercommit.events import EventHandle
 from aftercommit.pools.pools import REQUEST
-from aftercommit.sessions import AsyncScope, Owner, Scope, shielded
+from aftercommit.sessions import AsyncScope, Owner, Scope, serving, shielded
 from aftercommit.tasks.transient import Fault, fault_of, is_disconnect, met_in_commit
 
 if TYPE_CHECKING:
@@ -456,6 +456,7 @@ def _finish_in_thread(scope: Scope, commit: bool) -> None:  # noqa: FBT001  # th
 async def _serve(connection: HTTPConnection, db: Database, scope: Scope | AsyncScope) -> AsyncIterator[Any]:
     request = _enter(connection, db, scope)
     handled = sys.exception()
+    serving.set(scope.owner.name)
     try:
         yield scope.session
     except BaseException:
@@ -466,6 +467,7 @@ async def _serve(connection: HTTPConnection, db: Database, scope: Scope | AsyncS
         # answers 500, and what the client is told has failed must not be committed.
         await _finish(scope, commit=sys.exception() is handled)
     finally:
+        serving.set(None)
         request.scope = None
 
 

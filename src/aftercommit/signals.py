@@ -36,6 +36,7 @@ __all__ = [
     "PoolRanDry",
     "PoolResumed",
     "RunSignal",
+    "SessionLeaked",
     "Signal",
     "TaskFailed",
     "TaskGivenBack",
@@ -295,7 +296,7 @@ class PoolRanDry(Signal):
 
     Attributes:
         pool: The pool.
-        seconds: For how long he waited.
+        seconds: For how long he waited; 0.0 where to wait would have been in vain.
         held: How many connections are in use.
         waiting: How many others are waiting.
     """
@@ -367,6 +368,25 @@ class ConnectionUsed(Signal):
 
     pool: str
     kind: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionLeaked(Signal):
+    """A session was dropped without being ended, and its connection was given back, rolled back.
+
+    Told when the garbage collector finds the session, on whichever thread that is, between any two lines of code.
+
+    Attributes:
+        pool: The pool it was opened on.
+        owner: Who had it: a request line, a task with its attempt, or ``code``.
+        line: Where it was opened, as ``"file:line in function"``; None where that is not known.
+        seconds: How long ago that was.
+    """
+
+    pool: str
+    owner: str
+    line: str | None
     seconds: float
 
 

@@ -72,7 +72,7 @@ class PoolStats:
         overflow: Connections that are open beyond ``size``.
         waiting: How many wait for a connection now.
         waits: How long those waited who had to; whoever got one at once is not measured.
-        exhausted: How often somebody waited in vain: ``PoolExhausted``.
+        exhausted: How often somebody got none: ``PoolExhausted``.
         holders: Who has a connection, the longest first.
         width: How many tasks may run at once in one process; 0 for "request".
         running: Tasks that have a place now.

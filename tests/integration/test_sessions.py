@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, func, select, text
+from sqlalchemy import create_engine, func, inspect, select, text, update
 from sqlalchemy.exc import DBAPIError, IntegrityError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, object_session, sessionmaker
@@ -392,6 +392,75 @@ async def test_an_instance_that_outlives_its_async_session_says_whose_it_was(adb
         _ = item.n
 
     assert "test_sessions.py" in caught.value.__notes__[0]
+
+
+@sync_drivers
+def test_rows_that_were_only_read_stay_readable(db: Database):
+    """A session that wrote nothing expires nothing at its end: a script may read its rows behind the ``with``."""
+    with db.session() as session:
+        session.add(Item(id=1, n=5))
+    with db.session() as session:
+        item = session.get_one(Item, 1)
+        items = session.scalars(select(Item)).all()
+
+    assert (item.n, len(items)) == (5, 1)
+    assert checked_out(db) == 0
+
+
+@async_drivers
+async def test_rows_that_were_only_read_stay_readable_async(adb: Database):
+    """The same for the async twin."""
+    async with adb.async_session() as session:
+        session.add(Item(id=1, n=5))
+    async with adb.async_session() as session:
+        item = await session.get_one(Item, 1)
+
+    assert item.n == 5
+
+
+WRITES: dict[str, Callable[[Session], object]] = {
+    "flushed": lambda session: (session.add(Item(id=2)), session.flush()),
+    "at the commit": lambda session: session.add(Item(id=2)),
+    "changed": lambda session: setattr(session.get_one(Item, 1), "n", 6),
+    "statement": lambda session: session.execute(update(Item).values(n=6)),
+    "text": lambda session: session.execute(text("UPDATE item SET n = 6")),
+    "connection": lambda session: session.connection().execute(text("UPDATE item SET n = 6")),
+    "bulk": lambda session: session.bulk_insert_mappings(inspect(Item), [{"id": 2, "n": 0}]),
+}
+
+
+@sync_drivers
+@pytest.mark.parametrize("write", WRITES)
+def test_rows_of_a_session_that_wrote_are_expired(db: Database, write: str):
+    """Where anything may have been written, by whatever way, what was loaded is expired at the commit as ever."""
+    with db.session() as session:
+        session.add(Item(id=1, n=5))
+    with db.session() as session:
+        item = session.get_one(Item, 1)
+        WRITES[write](session)
+
+    with pytest.raises(DetachedInstanceError):
+        _ = item.n
+
+
+@sync_drivers
+def test_whoever_sets_expire_on_commit_gets_it(database: DatabaseUnderTest, outside: Outside):
+    """``session_options`` that say it outright are followed, and so is a commit in the middle."""
+    told = Database(database.url, session_options={"expire_on_commit": True})
+    with told.session() as session:
+        session.add(Item(id=1))
+    with told.session() as session:
+        item = session.get_one(Item, 1)
+    told.dispose()
+    plain = Database(database.url)
+    with plain.session() as session:
+        other = session.get_one(Item, 1)
+        session.commit()
+        is_expired = inspect(other).expired
+    plain.dispose()
+
+    assert inspect(item).expired
+    assert is_expired
 
 
 @sync_drivers

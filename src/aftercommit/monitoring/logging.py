@@ -22,6 +22,7 @@ __all__ = ["TaskContextFilter", "carry", "log_signals"]
 
 logger = logging.getLogger("aftercommit.tasks")
 pools = logging.getLogger("aftercommit.pools")
+sessions = logging.getLogger("aftercommit.sessions")
 
 
 class TaskContextFilter(logging.Filter):
@@ -50,6 +51,7 @@ def log_signals() -> None:
     signals.subscribe(signals.TaskStarted)(_started)
     signals.subscribe(signals.ConnectionHeld)(_held)
     signals.subscribe(signals.ConnectionReturned)(_returned)
+    signals.subscribe(signals.SessionLeaked)(_leaked)
 
 
 def _failed(signal: signals.TaskFailed) -> None:
@@ -113,6 +115,15 @@ def _returned(signal: signals.ConnectionReturned) -> None:
     pools.warning(
         "The connection of pool %r that %s held came back after %.1f s", signal.pool, signal.owner, signal.seconds
     )
+
+
+def _leaked(signal: signals.SessionLeaked) -> None:
+    sessions.error(
+        "A session of pool %r was dropped without being ended, %.1f s after it was opened by %s%s. It is rolled back, "
+        "and what it wrote is lost. Open it with `with db.session() as session:` (or `async with db.async_session()`), "
+        "which ends it on every path",
+        signal.pool, signal.seconds, signal.owner, "" if signal.line is None else f" at {signal.line}",
+    )  # fmt: skip
 
 
 def _extra(signal: signals.RunSignal) -> dict[str, object]:

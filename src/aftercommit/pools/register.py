@@ -13,6 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from aftercommit import signals
 from aftercommit.errors import PoolExhausted
+from aftercommit.pools.standstill import Flow, stop_waiting, this_flow, wait_for, waiting_among
 from aftercommit.pools.timing import Meter
 
 if TYPE_CHECKING:
@@ -110,24 +111,60 @@ class Register:
         now = list(self._holds.values())  # in one step: others come and go meanwhile
         return sorted(now, key=lambda hold: hold.since)
 
-    def exhausted(self, pool: QueuePool, seconds: float) -> PoolExhausted:
+    def exhausted(self, pool: _Explaining, seconds: float) -> PoolExhausted:
         """The error of somebody who waited in vain."""
-        now = time.monotonic()
-        with self._lock:
-            self.exhaustions += 1
-        holds = self.holds()
-        listed = [f"  {hold.describe(now)}" for hold in holds[:_SHOWN]]
-        if len(holds) > _SHOWN:
-            listed.append(f"  and {len(holds) - _SHOWN} more")
+        themselves = waiting_among(pool.flows())
+        stuck = f"\n{themselves} of the holders wait for a second connection themselves." if themselves else ""
         return PoolExhausted(
             f"All {pool.size() + max(0, pool.overflow())} connections of pool {self.pool!r} are in use (size "
             f"{pool.size()}, overflow {max(0, pool.overflow())}), and none came back within {seconds:g} s; "
             f"{self.waiting} waiting. Held by:\n"
-            + "\n".join(listed)
+            + self._listed()
+            + stuck
             + "\nEnd sessions before slow work, or give the pool more with "
             "PoolSettings(pool_size=…, max_overflow=…).",
             pool=self.pool,
+            waiting_themselves=themselves,
         )
+
+    def standstill(self, pool: _Explaining) -> PoolExhausted:
+        """The error of somebody who would have waited for ever."""
+        flows = set(pool.flows())
+        alone = flows == {this_flow()}
+        who = "this very piece of work" if alone else "work that waits for another connection itself, this one included"
+        size = f"size {pool.size()}, overflow {max(0, pool.overflow())}"
+        return PoolExhausted(
+            f"Pool {self.pool!r} has no connection left, and to wait for one would be in vain: all {len(pool.flows())} "
+            f"({size}) are held by {who}. Refused at once, so that what is held comes back. Held by:\n"
+            + self._listed()
+            + "\nUse the session that is open already, end or commit it before another is opened, open the other "
+            "one on another pool (db.session(pool=…)), or give the pool connections for all: concurrency x "
+            "(connections that one needs - 1) + 1, with PoolSettings(max_overflow=…, concurrency=…).",
+            pool=self.pool,
+            waiting_themselves=len(flows),
+            is_standstill=True,
+            is_alone=alone,
+        )
+
+    def note_dry(self, seconds: float, *, waiting: int) -> None:
+        """Count somebody who got no connection, and tell of him.
+
+        Args:
+            seconds: For how long he waited.
+            waiting: Others that still wait.
+        """
+        with self._lock:
+            self.exhaustions += 1
+        held = len(self._holds)
+        signals.emit(signals.PoolRanDry(pool=self.pool, seconds=seconds, held=held, waiting=waiting))
+
+    def _listed(self) -> str:
+        now = time.monotonic()
+        holds = self.holds()
+        listed = [f"  {hold.describe(now)}" for hold in holds[:_SHOWN]]
+        if len(holds) > _SHOWN:
+            listed.append(f"  and {len(holds) - _SHOWN} more")
+        return "\n".join(listed)
 
     def report_late(self) -> None:
         """Report, once each, the connections that are held for too long."""
@@ -196,6 +233,21 @@ class _Explaining(QueuePool):
 
     register: Register | None = None
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        # Noted before a connection is given out, and forgotten before it can be given to the next: whoever is here
+        # has one, though not everybody who has one is here.
+        self._takers: dict[Any, Flow] = {}
+
+    def flows(self) -> list[Flow]:
+        """Who has connections of this pool."""
+        return list(self._takers.values())  # in one step: others come and go meanwhile
+
+    def takers(self) -> list[Flow] | None:
+        """Who has all of its connections; None while it may still have one to give."""
+        flows = self.flows()
+        return flows if len(flows) >= self.size() + max(0, self._max_overflow) else None
+
     def recreate(self) -> QueuePool:
         """Make another like it, known to the same register."""
         pool = super().recreate()
@@ -204,10 +256,26 @@ class _Explaining(QueuePool):
 
     def _do_get(self) -> Any:
         register = self.register
-        if register is None or self.checkedout() < self.size() + max(0, self._max_overflow):
-            return self._get(register)
-        with register.someone_waits():
-            return self._get(register)
+        flow = wait_for(self)
+        if flow is None:
+            assert register is not None  # noqa: S101  # given before the pool can be empty
+            standstill = register.standstill(self)
+            register.note_dry(0.0, waiting=register.waiting)
+            raise standstill
+        try:
+            if register is None or self.checkedout() < self.size() + max(0, self._max_overflow):
+                record = self._get(register)
+            else:
+                with register.someone_waits():
+                    record = self._get(register)
+            self._takers[record] = flow
+        finally:
+            stop_waiting(flow)
+        return record
+
+    def _do_return_conn(self, record: Any) -> None:
+        self._takers.pop(record, None)
+        super()._do_return_conn(record)
 
     def _get(self, register: Register | None) -> Any:
         try:
@@ -216,14 +284,7 @@ class _Explaining(QueuePool):
             if register is None:
                 raise
             error = register.exhausted(self, self.timeout())
-            signals.emit(
-                signals.PoolRanDry(
-                    pool=register.pool,
-                    seconds=self.timeout(),
-                    held=len(register.holds()),
-                    waiting=max(0, register.waiting - 1),
-                )
-            )
+            register.note_dry(self.timeout(), waiting=max(0, register.waiting - 1))
             raise error from exc
 
 

@@ -60,6 +60,8 @@ class SessionFactory:
         # Whatever the user prefers elsewhere: after a commit in the middle of a task, `row.n += 1` on a value that
         # was not expired loses an update that no isolation level can see.
         self._task_options = {**self._options, "expire_on_commit": True}
+        # Whoever says himself what becomes of rows at a commit, means it.
+        self._keeps_rows = "expire_on_commit" not in options
         self._engines: dict[tuple[str, str | None], tuple[Engine, Engine]] = {}
         self._async_engines: dict[tuple[str, str | None], tuple[AsyncEngine, AsyncEngine]] = {}
 
@@ -90,22 +92,34 @@ class SessionFactory:
     def scope(self, pool: str, owner: Owner) -> Scope:
         """A session that is not a task's."""
         bind = self._joined() or self.pools[pool].engine
-        return Scope(lambda: self.session_class(bind=bind, **self._joining(), **self._options), owner)
+        return Scope(
+            lambda: self.session_class(bind=bind, **self._joining(), **self._options),
+            owner,
+            pool=pool,
+            keeps_rows=self._keeps_rows,
+        )
 
     def async_scope(self, pool: str, owner: Owner) -> AsyncScope:
         """An async session that is not a task's."""
         bind = self._async_joined() or self.pools[pool].async_engine
-        return AsyncScope(lambda: self.async_session_class(bind=bind, **self._joining(), **self._options), owner)
+        return AsyncScope(
+            lambda: self.async_session_class(bind=bind, **self._joining(), **self._options),
+            owner,
+            pool=pool,
+            keeps_rows=self._keeps_rows,
+        )
 
     def task_scope(self, pool: str, owner: Owner, isolation_level: str | None) -> Scope:
         """A task's session."""
         bind = self._joined() or self._engine(pool, isolation_level)
-        return Scope(lambda: self.session_class(bind=bind, **self._joining(), **self._task_options), owner)
+        return Scope(lambda: self.session_class(bind=bind, **self._joining(), **self._task_options), owner, pool=pool)
 
     def async_task_scope(self, pool: str, owner: Owner, isolation_level: str | None) -> AsyncScope:
         """A task's async session."""
         bind = self._async_joined() or self._async_engine(pool, isolation_level)
-        return AsyncScope(lambda: self.async_session_class(bind=bind, **self._joining(), **self._task_options), owner)
+        return AsyncScope(
+            lambda: self.async_session_class(bind=bind, **self._joining(), **self._task_options), owner, pool=pool
+        )
 
     def _engine(self, pool: str, level: str | None) -> Engine:
         engine = self.pools[pool].engine

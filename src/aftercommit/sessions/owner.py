@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -14,10 +15,13 @@ if TYPE_CHECKING:
 
     from sqlalchemy.orm import Session
 
-__all__ = ["OWNER", "Line", "Owner", "owner_of", "user_line"]
+__all__ = ["OWNER", "Line", "Owner", "is_ours", "is_users", "owner_of", "serving", "user_line"]
 
 OWNER: Final = "aftercommit.owner"
 """The key in ``session.info``."""
+
+serving: Final[ContextVar[str | None]] = ContextVar("aftercommit_serving", default=None)
+"""The request that has a session of ours here: what opens another one here says so. Its name, never the session."""
 
 # Frames of these are left out: the reader wants the line that he can change.
 _LIBRARIES: Final = (
@@ -58,7 +62,8 @@ class Owner:
     """Who has a session.
 
     Attributes:
-        name: A request line (``POST /files``), a task's name, or ``code``.
+        name: A request line (``POST /files``), a task's name, or ``code``, with the request or task in which that runs,
+            if it is known: ``code in POST /files``.
         line: Where it was opened, if that is known.
         kind: ``"request"``, ``"task"`` or ``"code"``.
         allowed: Seconds for which it may hold a connection; None for what the pool allows.
@@ -90,12 +95,21 @@ def owner_of(session: Session) -> Owner | None:
     return session.info.get(OWNER)
 
 
+def is_ours(file: str) -> bool:
+    """Whether a source file is this library's, or SQLAlchemy's."""
+    return file.startswith(_LIBRARIES[:2])
+
+
+def is_users(file: str) -> bool:
+    """Whether a source file belongs to no library."""
+    return not file.startswith(_LIBRARIES[:3]) and not any(part in file for part in _LIBRARIES[3:])
+
+
 def user_line() -> Line | None:
     """The innermost line of the stack that belongs to no library; None where there is none."""
     frame = sys._getframe(1)  # noqa: SLF001  # inspect.stack() reads source files, this costs a microsecond
     while frame is not None:
-        name = frame.f_code.co_filename
-        if not name.startswith(_LIBRARIES[:3]) and not any(part in name for part in _LIBRARIES[3:]):
-            return Line(name, frame.f_lineno, frame.f_code.co_name)
+        if is_users(frame.f_code.co_filename):
+            return Line(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
         frame = frame.f_back  # type: ignore[assignment]
     return None

@@ -13,7 +13,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from aftercommit.sessions.ended import end_for_good, explain_survivors
+from aftercommit.sessions.leaks import put_on_leash
 from aftercommit.sessions.owner import OWNER, Owner
+from aftercommit.sessions.sharing import Guard, guard_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -30,14 +32,19 @@ class Scope:
     Args:
         make: Makes the session; nothing is connected before it is used.
         owner: Who has it.
+        pool: Where its connections come from.
+        keeps_rows: Whether rows that were only read may be read after the end.
     """
 
-    __slots__ = ("owner", "session")
+    __slots__ = ("_guard", "_keeps_rows", "_leash", "owner", "session")
 
-    def __init__(self, make: Callable[[], Session], owner: Owner) -> None:
+    def __init__(self, make: Callable[[], Session], owner: Owner, *, pool: str, keeps_rows: bool = False) -> None:
         self.owner = owner
         self.session = make()
         self.session.info[OWNER] = owner
+        self._guard = guard_session(self.session, owner)
+        self._leash = put_on_leash(self.session, owner, pool)
+        self._keeps_rows = keeps_rows
 
     def __enter__(self) -> Session:
         """The session."""
@@ -56,10 +63,16 @@ class Scope:
     def commit(self) -> None:
         """Commit what there is; without a transaction there is nothing to do."""
         if self.session.in_transaction():
+            if self._keeps_rows:
+                _keep_rows(self.session, self._guard)
             self.session.commit()
 
     def end(self) -> None:
-        """Give the connection back, rolling back what was not committed, and refuse every further use."""
+        """Give the connection back, rolling back what was not committed, and refuse every further use.
+
+        A call of somebody else's that is under way is waited for: it must not have its connection taken away.
+        """
+        is_first = self._guard.take()
         try:
             if self.session.in_transaction():
                 _roll_back(self.session)
@@ -69,6 +82,9 @@ class Scope:
                 self.session.close()
             finally:
                 end_for_good(self.session, self.owner)
+                self._leash.take_off()
+                if is_first:
+                    self._guard.leave()
 
 
 class AsyncScope:
@@ -77,14 +93,19 @@ class AsyncScope:
     Args:
         make: Makes the session; nothing is connected before it is used.
         owner: Who has it.
+        pool: Where its connections come from.
+        keeps_rows: Whether rows that were only read may be read after the end.
     """
 
-    __slots__ = ("owner", "session")
+    __slots__ = ("_guard", "_keeps_rows", "_leash", "owner", "session")
 
-    def __init__(self, make: Callable[[], AsyncSession], owner: Owner) -> None:
+    def __init__(self, make: Callable[[], AsyncSession], owner: Owner, *, pool: str, keeps_rows: bool = False) -> None:
         self.owner = owner
         self.session = make()
         self.session.sync_session.info[OWNER] = owner
+        self._guard = guard_session(self.session, owner)
+        self._leash = put_on_leash(self.session.sync_session, owner, pool)
+        self._keeps_rows = keeps_rows
 
     async def __aenter__(self) -> AsyncSession:
         """The session."""
@@ -105,16 +126,23 @@ class AsyncScope:
             await shielded(self.session.commit())
 
     async def end(self) -> None:
-        """Give the connection back, rolling back what was not committed, and refuse every further use."""
+        """Give the connection back, rolling back what was not committed, and refuse every further use.
+
+        A call of somebody else's that is under way is waited for: it must not have its connection taken away.
+        """
         await shielded(self._finish(commit=False))
 
     async def _finish(self, *, commit: bool) -> None:
         session = self.session
+        is_first = False
         try:
-            if session.in_transaction():
-                await (session.commit() if commit else session.run_sync(_roll_back))
+            if commit and session.in_transaction():
+                if self._keeps_rows:
+                    await session.run_sync(_keep_rows, self._guard)
+                await session.commit()
         finally:
             try:
+                is_first = await self._guard.async_take()
                 # A session that failed to commit is still in its transaction; the close below rolls it back,
                 # but only the rollback tells that its tasks are gone on purpose.
                 if session.in_transaction():
@@ -125,6 +153,21 @@ class AsyncScope:
                     await session.close()
                 finally:
                     end_for_good(session, self.owner)
+                    self._leash.take_off()
+                    if is_first:
+                        self._guard.leave()
+
+
+def _keep_rows(session: Session, guard: Guard) -> None:
+    """Let what was read stay readable after the last commit, if nothing was written.
+
+    Expiring says that the database may know better after a commit. Where nothing was written, it cannot.
+    """
+    if not guard.may_have_written:
+        # The commit would do so next; what it finds to write is known only then.
+        session.flush()
+    if not guard.may_have_written:
+        session.expire_on_commit = False
 
 
 def _roll_back(session: Session) -> None:

@@ -22,6 +22,7 @@ from sqlalchemy.orm import Session, scoped_session
 
 from aftercommit.errors import HandOverError
 from aftercommit.pools.register import name_holder
+from aftercommit.sessions.leaks import leash_of
 from aftercommit.sessions.ledger import (
     Entry,
     Item,
@@ -171,6 +172,9 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
     owner = owner_of(session)
     if owner is not None and transaction.parent is None:
         name_holder(connection, owner, owner.allowed)
+        leash = leash_of(session)
+        if leash is not None and connection.dialect.is_async and not isinstance(session.bind, Connection):
+            leash.hold(connection)
     hooks = session.info.get(_HOOKS)
     if hooks is not None and transaction.parent is None:
         begun, committing = hooks
@@ -240,6 +244,9 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
     elif transaction.parent is None:
         del session.info[_TRACK]
         _see_unwinding_no_more(session)
+        leash = leash_of(session)
+        if leash is not None:
+            leash.let_go()
         for connection in track.connections:
             ledger = find_ledger(connection)
             if ledger is not None:

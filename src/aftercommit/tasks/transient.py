@@ -22,6 +22,8 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import exc
 
+from aftercommit.errors import PoolExhausted
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import TracebackType
@@ -33,7 +35,8 @@ class Fault(enum.Enum):
     """What an error means for the run that met it."""
 
     CONFLICT = "conflict"
-    """Another transaction was in the way: 40001, 40P01, 55P03, SQLite busy or locked. Not an attempt."""
+    """Another transaction was in the way: 40001, 40P01, 55P03, SQLite busy or locked; or another run, at a standstill
+    of those who hold a connection and wait for a second. Not an attempt."""
 
     CONNECTION = "connection"
     """The database cannot be reached, or lacks something for now: lost and refused connections, 57P01 to 57P03,
@@ -211,6 +214,9 @@ def _own(link: BaseException) -> _Verdict | None:
     unit = _unit(link)
     if isinstance(link, exc.DBAPIError) or _is_drivers(link):
         return _database(link, unit)
+    if isinstance(link, PoolExhausted) and link.is_standstill:
+        # What a deadlock is in the database: this one was refused so that the others get on.
+        return _Verdict(fault=Fault.PERMANENT if link.is_alone else Fault.CONFLICT, drop=False, link=link)
     if isinstance(link, exc.TimeoutError):  # the pool's: no connection was given
         return _Verdict(fault=Fault.CONNECTION, drop=False, link=link)
     if isinstance(link, exc.PendingRollbackError):
