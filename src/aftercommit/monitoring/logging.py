@@ -49,6 +49,8 @@ def _given_back(signal: signals.TaskGivenBack) -> None:
 
 
 def _succeeded(signal: signals.TaskSucceeded) -> None:
+    if not logger.isEnabledFor(logging.DEBUG):
+        return
     logger.debug(
         "Task %r (%s, attempt %d) succeeded after %.3f s", signal.task, signal.id, signal.attempt, signal.seconds,
         extra=_extra(signal),
@@ -56,6 +58,8 @@ def _succeeded(signal: signals.TaskSucceeded) -> None:
 
 
 def _started(signal: signals.TaskStarted) -> None:
+    if not logger.isEnabledFor(logging.DEBUG):
+        return
     logger.debug(
         "Task %r (%s, attempt %d) starts, %.3f s after it was due", signal.task, signal.id, signal.attempt,
         signal.waited, extra=_extra(signal),

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import json
 import sys
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack, nullcontext
+from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -18,6 +18,7 @@ __all__ = ["capture", "restored"]
 
 _PLAIN = (str, int, float, bool, type(None))
 _MAX_BYTES = 4096
+_NOTHING: Final = nullcontext()
 
 
 def capture() -> str | None:
@@ -49,9 +50,9 @@ def capture() -> str | None:
 
 def restored(text: str | None) -> AbstractContextManager[object]:
     """Put back what ``capture`` returned, for the length of a ``with``."""
-    stack = ExitStack()
     if text is None:
-        return stack
+        return _NOTHING
+    stack = ExitStack()
     carried = json.loads(text)
     structlog = sys.modules.get("structlog")
     if structlog is not None and carried.get("structlog"):
