@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["AsyncExplainingPool", "ExplainingPool", "Hold", "Register", "hold_of", "name_holder", "note_lock"]
 
 _HOLD: Final = "aftercommit.hold"
+_KEPT: Final = "_aftercommit_hold"
 _SHOWN: Final = 10
 _STATEMENT: Final = 200
 
@@ -42,6 +43,7 @@ class Hold:
         idle_since: When that one was done, while its transaction is open; None during a statement.
         locked_since: When it took SQLite's write lock.
         reported: Whether it was reported as held too long.
+        is_returned: Whether the connection went back to its pool.
     """
 
     since: float
@@ -51,6 +53,7 @@ class Hold:
     idle_since: float | None = None
     locked_since: float | None = None
     reported: bool = False
+    is_returned: bool = False
 
     def describe(self, now: float) -> str:
         """Say who, for how long, and what it is doing."""
@@ -86,7 +89,8 @@ class Register:
         """Write down what an engine's connections do."""
         event.listen(engine, "checkout", self._taken)
         event.listen(engine, "checkin", self._returned)
-        event.listen(engine, "before_cursor_execute", _begin_statement)
+        # With a value returned, SQLAlchemy does not wrap it in a function that returns one.
+        event.listen(engine, "before_cursor_execute", _begin_statement, retval=True)
         event.listen(engine, "after_cursor_execute", _end_statement)
         event.listen(engine, "commit", _end_transaction)
         event.listen(engine, "rollback", _end_transaction)
@@ -140,7 +144,10 @@ class Register:
     def _returned(self, _connection: DBAPIConnection | None, record: Any) -> None:
         record.record_info.pop(_HOLD, None)
         hold = self._holds.pop(record, None)
-        if hold is not None and hold.reported:
+        if hold is None:
+            return
+        hold.is_returned = True
+        if hold.reported:
             seconds = time.monotonic() - hold.since
             signals.emit(signals.ConnectionReturned(pool=self.pool, owner=str(hold.owner), seconds=seconds))
 
@@ -193,10 +200,16 @@ class AsyncExplainingPool(_Explaining, AsyncAdaptedQueuePool):
 
 def hold_of(connection: Connection) -> Hold | None:
     """What is known of a connection that is in use; None if it is not one of ours, or lost."""
+    # Asked for around each statement, and five properties away from the connection: kept on it.
+    hold: Hold | None = getattr(connection, _KEPT, None)
+    if hold is not None and not hold.is_returned:
+        return hold
     if connection.closed or connection.invalidated:
         return None
     facts = connection.connection.record_info
-    return None if facts is None else facts.get(_HOLD)
+    hold = None if facts is None else facts.get(_HOLD)
+    setattr(connection, _KEPT, hold)
+    return hold
 
 
 def note_lock(connection: Connection) -> None:
@@ -224,14 +237,15 @@ def _begin_statement(
     connection: Connection,
     _cursor: Any,
     statement: str,
-    _parameters: Any,
+    parameters: Any,
     _context: Any,
     _many: bool,  # noqa: FBT001
-) -> None:
+) -> tuple[str, Any]:
     hold = hold_of(connection)
     if hold is not None:
         hold.statement = statement
         hold.idle_since = None
+    return statement, parameters
 
 
 def _end_statement(

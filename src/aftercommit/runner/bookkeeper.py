@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from sqlalchemy import create_engine, event
 
 from aftercommit.pools.pools import BOOKKEEPING, Pool
+from aftercommit.pools.views import LEVEL, async_view_of, view_of
 from aftercommit.tasks.transient import is_disconnect
 
 if TYPE_CHECKING:
@@ -80,6 +81,9 @@ class Bookkeeper:
 
     def wake(self) -> None:
         """Have a round made soon."""
+        if self._woken:
+            # The thread has not even looked at the last time.
+            return
         with self._wake:
             self._woken = True
             self._wake.notify()
@@ -146,7 +150,7 @@ class Bookkeeper:
             level = "AUTOCOMMIT" if autocommit else "READ COMMITTED"
             engine = self._engine
             if not self._pools.is_sqlite:
-                engine = engine.execution_options(isolation_level=level)
+                engine = view_of(engine, **{LEVEL: level})
             with engine.begin() as connection:
                 return work(connection)
 
@@ -154,7 +158,7 @@ class Bookkeeper:
             # asyncpg prepares first and executes then: outside a transaction, a pooler in between gives each step to
             # another server, which knows nothing of the statement.
             level = "AUTOCOMMIT" if autocommit and self.is_direct else "READ COMMITTED"
-            engine = self._pool.async_engine.execution_options(isolation_level=level)
+            engine = async_view_of(self._pool.async_engine, **{LEVEL: level})
             async with engine.begin() as connection:
                 return await connection.run_sync(work)
 
