@@ -31,6 +31,7 @@ from aftercommit.runner.ending import (
     worn_out,
 )
 from aftercommit.runner.run import Run
+from aftercommit.sessions import has_begun
 from aftercommit.tasks.context import restored
 from aftercommit.tasks.current import as_current
 from aftercommit.tasks.retry import Again, GiveUp
@@ -265,8 +266,9 @@ def _with_session(run: Run, session: Session | AsyncSession, args: tuple[Any, ..
 
 
 def _last_commit(session: Session, run: Run) -> None:
-    # A task that touched nothing has no transaction yet, and its record must be finished all the same.
-    session.connection()
+    if not has_begun(session):
+        # It has touched nothing, and its record must be finished all the same.
+        session.connection()
     session.commit()
     run.is_committed = True
 

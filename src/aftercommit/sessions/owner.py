@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -82,7 +83,12 @@ def user_line() -> Line | None:
     frame = sys._getframe(1)  # noqa: SLF001  # inspect.stack() reads source files, this costs a microsecond
     while frame is not None:
         name = frame.f_code.co_filename
-        if not name.startswith(_LIBRARIES[:3]) and not any(part in name for part in _LIBRARIES[3:]):
+        if not _is_library(name):
             return Line(name, frame.f_lineno, frame.f_code.co_name)
         frame = frame.f_back  # type: ignore[assignment]
     return None
+
+
+@lru_cache(maxsize=4096)
+def _is_library(file: str) -> bool:
+    return file.startswith(_LIBRARIES[:3]) or any(part in file for part in _LIBRARIES[3:])

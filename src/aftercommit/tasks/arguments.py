@@ -234,6 +234,9 @@ class ArgumentPlan:
     def _call(
         self, made: _Prepared, values: dict[str, Any], run_id: UUID | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if made.positional is not None and len(values) == len(made.positional):
+            # They come in the order of the parameters.
+            return tuple(values.values()), {}
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
         by_position = True
