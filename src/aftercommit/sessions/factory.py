@@ -128,7 +128,8 @@ class SessionFactory:
     def _run_options(self, pool: str, level: str | None) -> dict[str, Any]:
         if self.pools.is_sqlite:
             return {IMMEDIATE: True}
-        return {LEVEL: level or self.pools[pool].settings.isolation_level or DEFAULT_LEVEL}
+        chosen = level or self.pools[pool].settings.isolation_level or DEFAULT_LEVEL
+        return {LEVEL: chosen.upper()}
 
     def _joined(self) -> Connection | None:
         if isinstance(self.connection, AsyncConnection):
