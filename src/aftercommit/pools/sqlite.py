@@ -25,13 +25,19 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection
 
-__all__ = ["BUSY_TIMEOUT", "IMMEDIATE", "in_transaction", "set_up"]
+__all__ = ["AUTOCOMMIT", "BUSY_TIMEOUT", "IMMEDIATE", "in_transaction", "set_up"]
 
 BUSY_TIMEOUT: Final = 10.0
 """Seconds that a connection waits for the write lock, unless ``connect_args`` say otherwise."""
 
 IMMEDIATE: Final = "aftercommit_immediate"
 """The execution option under which every transaction begins immediate."""
+
+AUTOCOMMIT: Final = "aftercommit_autocommit"
+"""The execution option under which nothing is begun: each statement is a transaction by itself.
+
+Not SQLAlchemy's isolation level, which would leave the connection with the driver's own transactions.
+"""
 
 _BEGIN: Final = "BEGIN IMMEDIATE"
 _READS: Final = frozenset({"SELECT", "VALUES", "EXPLAIN"})
@@ -122,4 +128,5 @@ def _begin_immediate(connection: Connection) -> None:
 
 
 def _autocommits(connection: Connection) -> bool:
-    return connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+    options = connection.get_execution_options()
+    return options.get("isolation_level") == "AUTOCOMMIT" or bool(options.get(AUTOCOMMIT))

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from sqlalchemy import create_engine, event
 
 from aftercommit.pools.pools import BOOKKEEPING, Pool
+from aftercommit.pools.sqlite import AUTOCOMMIT
 from aftercommit.pools.views import LEVEL, async_view_of, view_of
 from aftercommit.tasks.transient import is_disconnect
 
@@ -119,7 +120,7 @@ class Bookkeeper:
 
         Args:
             work: What to do.
-            autocommit: Whether it is a single statement, which on PostgreSQL then needs no BEGIN and no COMMIT.
+            autocommit: Whether each statement may stand by itself, and so needs no BEGIN and no COMMIT.
         """
         done: list[bool] = []
 
@@ -147,10 +148,11 @@ class Bookkeeper:
     def _execute(self, work: Callable[[Connection], T], *, autocommit: bool) -> T:
         # Whatever the server's default: at a level with snapshots these would fail where they should wait and look.
         if self._loop is None:
-            level = "AUTOCOMMIT" if autocommit else "READ COMMITTED"
             engine = self._engine
             if not self._pools.is_sqlite:
-                engine = view_of(engine, **{LEVEL: level})
+                engine = view_of(engine, **{LEVEL: "AUTOCOMMIT" if autocommit else "READ COMMITTED"})
+            elif autocommit:
+                engine = view_of(engine, **{AUTOCOMMIT: True})
             with engine.begin() as connection:
                 return work(connection)
 
