@@ -216,7 +216,9 @@ class Pools:
         elif settings.pool_pre_ping:
             event.listen(engine, "checkin", _remember_idle)
             event.listen(engine, "checkout", partial(_ping_when_idle, engine))
-        views.set_up(engine)
+        if not self.is_sqlite:
+            # SQLite has no levels to choose from.
+            views.set_up(engine)
         self._set_up(engine)
 
     def dispose(self) -> None:

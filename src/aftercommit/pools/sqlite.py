@@ -54,7 +54,8 @@ def set_up(engine: Engine) -> None:
     event.listen(engine, "connect", _on_connect)
     event.listen(engine, "begin", _on_begin)
     event.listen(engine, "savepoint", _on_savepoint)
-    event.listen(engine, "before_cursor_execute", _on_execute)
+    # With a value returned, SQLAlchemy does not wrap it in a function that returns one.
+    event.listen(engine, "before_cursor_execute", _on_execute, retval=True)
 
 
 def in_transaction(connection: Connection) -> bool:
@@ -105,25 +106,27 @@ def _on_execute(
     connection: Connection,
     _cursor: Any,
     statement: str,
-    _parameters: Any,
+    parameters: Any,
     _context: Any,
     _many: bool,  # noqa: FBT001  # the event's signature
-) -> None:
+) -> tuple[str, Any]:
     if needs_lock(statement) and not in_transaction(connection) and not _autocommits(connection):
         _begin_immediate(connection)
+    return statement, parameters
 
 
 def _begin_immediate(connection: Connection) -> None:
     adapted: Any = connection.connection.dbapi_connection
-    if hasattr(adapted, "run_async"):
-        # One trip to aiosqlite's thread; a cursor that is made, used and closed would be three.
-        try:
+    # By the driver, past SQLAlchemy's way of running a statement, which would cost as much as the task's own. A lock
+    # that does not come free is its error all the same: in 2.0 the driver's would pass through a listener bare.
+    try:
+        if hasattr(adapted, "run_async"):
+            # One trip to aiosqlite's thread; a cursor that is made, used and closed would be three.
             adapted.run_async(lambda driver: driver.execute_fetchall(_BEGIN))
-        except sqlite3.Error as exc:
-            raise OperationalError(_BEGIN, None, exc) from exc
-    else:
-        # Not by the cursor at hand: a lock that does not come free would be the driver's bare error (2.0).
-        connection.exec_driver_sql(_BEGIN)
+        else:
+            adapted.execute(_BEGIN)
+    except sqlite3.Error as exc:
+        raise OperationalError(_BEGIN, None, exc) from exc
     note_lock(connection)
 
 

@@ -86,6 +86,7 @@ class Run:
     current: CurrentRun = field(init=False)
     session: Session | None = None
     connection: Connection | None = None
+    _has_tried: bool = False
     _finishing: bool = False
     _result: str | None = None
     _changes: int = 0
@@ -123,7 +124,9 @@ class Run:
         """Get ready for one try, on *session*: every commit on it must hold what this module demands."""
         self._finishing = False
         self._result = None
-        self.current = self._make_current(self.checkpoint)
+        if self._has_tried or self.checkpoint is not None:
+            self.current = self._make_current(self.checkpoint)
+        self._has_tried = True
         self.current.behind = self
         self.session = session
         timeout = self.task.settings.timeout
