@@ -19,6 +19,7 @@ from tests.support.postgres import PostgresServer
 
 MEASUREMENTS = ("backlog", "sustained 1", "sustained 100")
 STARTS = ("start, alone", "start, steady", "start elsewhere")
+CALLS = "calls"
 BY_HAND, OURS = "by hand", "aftercommit"
 
 
@@ -32,6 +33,9 @@ def main() -> None:
         plan = planned(options, redis, missing)
         for number in range(1, options.rounds + 1):
             for contestant, driver, measurement in plan:
+                if measurement in (*STARTS, CALLS) and number > 1:
+                    # Hundreds of starts each, and calls are the same every time: they need no rounds.
+                    continue
                 status.update(f"round {number} of {options.rounds}: {contestant}, {driver}, {measurement}")
                 tasks = options.starts if measurement.startswith("start") else options.tasks
                 with database(driver, postgres) as target:
@@ -42,6 +46,8 @@ def main() -> None:
                 figures.append(figure)
         facts = f"PostgreSQL {postgres.version} with fsync {'off' if options.no_fsync else 'on'}"
     show(console, figures, options)
+    if CALLS in options.measurements:
+        show_calls(console, figures, options)
     for line in missing:
         console.print(line, markup=False)
     console.print(told(options, facts), markup=False, soft_wrap=True)
@@ -52,18 +58,20 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.queue", description=__doc__)
-    parser.add_argument("--rounds", type=int, help="5, or 2 with --quick")
+    parser.add_argument("--rounds", type=int, help="3, or 1 with --quick")
     parser.add_argument("--tasks", type=int, help="in each measurement: 2000, or 500 with --quick")
     parser.add_argument("--starts", type=int, help="in each measurement of the start: 500, or 200 with --quick")
     parser.add_argument("--width", type=int, default=8, help="tasks at once")
     parser.add_argument("--drivers", nargs="+", choices=DRIVERS, default=DRIVERS)
-    parser.add_argument("--measurements", nargs="+", choices=(*MEASUREMENTS, "start"), default=(*MEASUREMENTS, "start"))
+    parser.add_argument(
+        "--measurements", nargs="+", choices=(*MEASUREMENTS, "start", CALLS), default=(*MEASUREMENTS, "start", CALLS)
+    )
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=tuple(PEERS))
     parser.add_argument("--quick", action="store_true", help="two minutes instead of ten")
     parser.add_argument("--no-fsync", action="store_true", help="a PostgreSQL that need not wait for the disk")
     parser.add_argument("--json", type=Path, help="keep every figure in this file")
     options = parser.parse_args()
-    options.rounds = options.rounds or (2 if options.quick else 5)
+    options.rounds = options.rounds or (1 if options.quick else 3)
     options.tasks = options.tasks or (500 if options.quick else 2000)
     options.starts = options.starts or (200 if options.quick else 500)
     return options
@@ -120,6 +128,18 @@ def show(console: Console, figures: list[Figure], options: argparse.Namespace) -
                     table.add_row(driver, name, f"{median(waits):.1f}", f"{quantiles(waits, n=100)[98]:.1f}")
             table.add_section()
         console.print(table)
+
+
+def show_calls(console: Console, figures: list[Figure], options: argparse.Namespace) -> None:
+    """Print how much is computed, which does not depend on who else is on the machine."""
+    table = _table("Function calls for each task of a backlog, the bookkeeping included", "driver")
+    for heading in (BY_HAND, OURS, "ratio"):
+        table.add_column(heading, justify="right")
+    for driver in options.drivers:
+        calls = {each.contestant: each.calls for each in figures if (each.driver, each.measurement) == (driver, CALLS)}
+        ratio = f"{calls[BY_HAND] / calls[OURS]:.2f}"
+        table.add_row(driver, f"{calls[BY_HAND]:.0f}", f"{calls[OURS]:.0f}", ratio)
+    console.print(table)
 
 
 def _table(title: str, *headings: str) -> Table:

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from signal import SIGUSR1
 from subprocess import Popen
 from threading import Event
 from time import perf_counter_ns
@@ -17,6 +18,7 @@ import psutil
 from sqlalchemy import Engine, create_engine, select
 from sqlalchemy.orm import Session
 
+from benchmarks.queue.child import CALLS
 from benchmarks.queue.peers import REDIS
 from benchmarks.queue.work import KEYS, URL, WIDTH, Item, changed, changed_wrongly, prepare
 from tests.support.databases import DatabaseUnderTest
@@ -39,6 +41,7 @@ class Figure:
         per_second: Tasks.
         cpu: What the contestant's processes computed for each task, in ms; the database server's part is not in it.
         waits: Milliseconds from commit to start, of each task.
+        calls: Function calls for each task, of Python's and of C's; 0.0 where they were not counted, which is slow.
     """
 
     contestant: str
@@ -48,6 +51,7 @@ class Figure:
     per_second: float
     cpu: float
     waits: list[float] = field(default_factory=list)
+    calls: float = 0.0
 
 
 @contextmanager
@@ -104,6 +108,7 @@ def measure(
     onlooker = create_engine(target.sync_url)
     prepare(onlooker, 0 if measurement.startswith("sustained") else tasks)
     environment = {**os.environ, URL: target.url, KEYS: str(tasks), WIDTH: str(width), REDIS: redis or ""}
+    environment[CALLS] = "yes" if measurement == "calls" else ""
     with ExitStack() as stack:
         if measurement == "start elsewhere":
             server = stack.enter_context(_child("aftercommit", "serve", environment))
@@ -113,6 +118,7 @@ def measure(
         computed = child.cpu_seconds()
         ended = _wait(onlooker, tasks, child.log)
         computed = child.cpu_seconds() - computed
+        calls = child.calls() if measurement == "calls" else 0
         waits = _waits(onlooker, child.log) if measurement.startswith("start") else []
     doubled = changed_wrongly(onlooker)
     onlooker.dispose()
@@ -126,6 +132,7 @@ def measure(
         per_second=tasks / (ended - begun) * 1e9,
         cpu=computed / tasks * 1000,
         waits=waits,
+        calls=calls / tasks,
     )
 
 
@@ -140,6 +147,11 @@ class _Child:
         root = psutil.Process(self._process.pid)
         times = [each.cpu_times() for each in (root, *root.children(recursive=True))]
         return sum(float(each.user + each.system) for each in times)
+
+    def calls(self) -> int:
+        """The function calls that it counted so far."""
+        self._process.send_signal(SIGUSR1)
+        return int(self.log.wait_for("calls ").split()[1])
 
     def stop(self) -> None:
         """End it and its children, which have nothing more to do."""
