@@ -30,7 +30,8 @@ def set_up(engine: Engine) -> None:
 def view_of(engine: Engine, **options: Any) -> Engine:
     """Return a view of *engine*, which was set up, with execution *options*."""
     view = engine.execution_options(**options)
-    view.dispatch = engine.dispatch
+    # As its own attribute: the class has a descriptor of that name.
+    vars(view)["dispatch"] = engine.dispatch
     return view
 
 
