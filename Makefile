@@ -8,7 +8,7 @@ PROJECTS := $(wildcard pyproject.toml checker/pyproject.toml)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test oldest hazards bench soak lint format types chromium clean
+.PHONY: help demo test oldest hazards bench queue soak lint format types chromium clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ hazards: $(READY) ## Show what people write today, and the same with aftercommit
 
 bench: $(READY) ## Measure what a request with one task costs, beside the hand-written one
 	$(PY) -m benchmarks.overhead $(ARGS)
+
+queue: $(VENV)/.bench ## Measure durable tasks beside hand-written ones and other queues (ARGS="--quick")
+	$(PY) -m benchmarks.queue $(ARGS)
 
 soak: $(READY) ## Kill, freeze and cut off workers at random, for minutes (ARGS="--seconds 600 --seed 7")
 	$(PY) -m benchmarks.soak $(ARGS)
@@ -56,7 +59,7 @@ define VENV_FROM_DEBIAN
 	apt-get install -q --yes python3-venv && $(PYTHON) -m venv --clear $(VENV); }
 endef
 
-# Every extra and every group, so that no test is left out. Groups need pip 25.1, hence its upgrade.
+# Every extra and every group but the one of other queues, so that no test is left out. Groups need pip 25.1, hence its upgrade.
 # The stamp comes last: a set-up that was interrupted is done again.
 $(READY): $(PROJECTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "aftercommit needs Python 3.11 or later; this is " + sys.version.split()[0] + ". Try: make PYTHON=python3.12")'
@@ -66,9 +69,14 @@ $(READY): $(PROJECTS)
 	@$(PY) -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'
 	@$(PY) -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
 		print("--editable\n.[" + ",".join(p["project"]["optional-dependencies"]) + "]"); \
-		[print("--group\n" + g) for g in p["dependency-groups"]]' > $(VENV)/.wanted
+		[print("--group\n" + g) for g in p["dependency-groups"] if g != "bench"]' > $(VENV)/.wanted
 	@xargs $(PY) -m pip install --quiet < $(VENV)/.wanted
 	@for checker in $(filter checker/%,$(PROJECTS)); do $(PY) -m pip install --quiet --editable $${checker%/*}; done
+	@touch $@
+
+# The other queues, for `make queue`. Redis is no Python package: its contestant is left out, and named, without one.
+$(VENV)/.bench: $(READY)
+	@$(PY) -m pip install --quiet --disable-pip-version-check --group bench
 	@touch $@
 
 # What users install, as old as pyproject.toml allows; the groups, which are ours alone, stay new.

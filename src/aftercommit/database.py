@@ -1002,7 +1002,7 @@ def _note_fault(context: Any) -> None:
 def _set_up(engine: Engine) -> None:
     watch(engine)
     event.listen(engine, "handle_error", _note_fault)
-    event.listen(engine, "before_cursor_execute", stop_at_statement)
+    event.listen(engine, "before_cursor_execute", stop_at_statement, retval=True)
 
 
 def _note_batch_fault(context: ExceptionContext) -> None:

@@ -12,7 +12,7 @@ from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from aftercommit.errors import ConfigurationError
-from aftercommit.pools import network, sqlite
+from aftercommit.pools import network, sqlite, views
 from aftercommit.pools.options import check_options, engine_options, engine_url
 from aftercommit.pools.register import Register
 from aftercommit.pools.settings import PoolSettings
@@ -225,6 +225,9 @@ class Pools:
         if settings.pool_pre_ping and not self.is_sqlite:
             event.listen(engine, "checkin", _remember_idle)
             event.listen(engine, "checkout", partial(_ping_when_idle, engine))
+        if not self.is_sqlite:
+            # SQLite has no levels to choose from.
+            views.set_up(engine)
         self._set_up(engine)
 
     def dispose(self) -> None:

@@ -35,6 +35,7 @@ __all__ = [
 
 _HOLD: Final = "aftercommit.hold"
 _ALWAYS_ENDED: Final = frozenset({"request", "task"})
+_KEPT: Final = "_aftercommit_hold"
 _SHOWN: Final = 10
 _STATEMENT: Final = 200
 
@@ -54,6 +55,7 @@ class Hold:
         idle_since: When that one was done, while its transaction is open; None during a statement.
         locked_since: When it took SQLite's write lock.
         reported: Whether it was reported as held too long.
+        is_returned: Whether the connection went back to its pool.
     """
 
     since: float
@@ -63,6 +65,7 @@ class Hold:
     idle_since: float | None = None
     locked_since: float | None = None
     reported: bool = False
+    is_returned: bool = False
 
     def describe(self, now: float) -> str:
         """Say who, for how long, and what it is doing."""
@@ -99,7 +102,8 @@ class Register:
         event.listen(engine, "checkout", self._taken)
         event.listen(engine, "checkin", self._returned)
         event.listen(engine, "detach", self._detached)
-        event.listen(engine, "before_cursor_execute", _begin_statement)
+        # With a value returned, SQLAlchemy does not wrap it in a function that returns one.
+        event.listen(engine, "before_cursor_execute", _begin_statement, retval=True)
         event.listen(engine, "after_cursor_execute", _end_statement)
         event.listen(engine, "commit", _end_transaction)
         event.listen(engine, "rollback", _end_transaction)
@@ -193,6 +197,7 @@ class Register:
         hold = self._holds.pop(record, None)
         if hold is None:
             return
+        hold.is_returned = True
         if hold.reported:
             seconds = time.monotonic() - hold.since
             signals.emit(signals.ConnectionReturned(pool=self.pool, owner=str(hold.owner), seconds=seconds))
@@ -298,10 +303,16 @@ class AsyncExplainingPool(_Explaining, AsyncAdaptedQueuePool):
 
 def hold_of(connection: Connection) -> Hold | None:
     """What is known of a connection that is in use; None if it is not one of ours, or lost."""
+    # Asked for around each statement, and five properties away from the connection: kept on it.
+    hold: Hold | None = getattr(connection, _KEPT, None)
+    if hold is not None and not hold.is_returned:
+        return hold
     if connection.closed or connection.invalidated:
         return None
     facts = connection.connection.record_info
-    return None if facts is None else facts.get(_HOLD)
+    hold = None if facts is None else facts.get(_HOLD)
+    setattr(connection, _KEPT, hold)
+    return hold
 
 
 def note_lock(connection: Connection) -> None:
@@ -329,14 +340,15 @@ def _begin_statement(
     connection: Connection,
     _cursor: Any,
     statement: str,
-    _parameters: Any,
+    parameters: Any,
     _context: Any,
     _many: bool,  # noqa: FBT001
-) -> None:
+) -> tuple[str, Any]:
     hold = hold_of(connection)
     if hold is not None:
         hold.statement = statement
         hold.idle_since = None
+    return statement, parameters
 
 
 def _end_statement(

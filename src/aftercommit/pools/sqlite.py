@@ -32,13 +32,19 @@ if TYPE_CHECKING:
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import ConnectionPoolEntry
 
-__all__ = ["BUSY_TIMEOUT", "IMMEDIATE", "be_impatient", "in_transaction", "set_up"]
+__all__ = ["AUTOCOMMIT", "BUSY_TIMEOUT", "IMMEDIATE", "be_impatient", "in_transaction", "set_up"]
 
 BUSY_TIMEOUT: Final = 10.0
 """Seconds that a connection waits for the write lock, unless ``connect_args`` say otherwise."""
 
 IMMEDIATE: Final = "aftercommit_immediate"
 """The execution option under which every transaction begins immediate."""
+
+AUTOCOMMIT: Final = "aftercommit_autocommit"
+"""The execution option under which nothing is begun: each statement is a transaction by itself.
+
+Not SQLAlchemy's isolation level, which would leave the connection with the driver's own transactions.
+"""
 
 _BEGIN: Final = "BEGIN IMMEDIATE"
 _PATIENCE: Final = "aftercommit_patience"
@@ -58,7 +64,8 @@ def set_up(engine: Engine) -> None:
     event.listen(engine, "connect", _on_connect)
     event.listen(engine, "begin", _on_begin)
     event.listen(engine, "savepoint", _on_savepoint)
-    event.listen(engine, "before_cursor_execute", _on_execute)
+    # With a value returned, SQLAlchemy does not wrap it in a function that returns one.
+    event.listen(engine, "before_cursor_execute", _on_execute, retval=True)
     event.listen(engine, "invalidate", _on_invalidate)
 
 
@@ -131,35 +138,38 @@ def _on_execute(
     connection: Connection,
     _cursor: Any,
     statement: str,
-    _parameters: Any,
+    parameters: Any,
     _context: Any,
     _many: bool,  # noqa: FBT001  # the event's signature
-) -> None:
+) -> tuple[str, Any]:
     if needs_lock(statement) and not in_transaction(connection) and not _autocommits(connection):
         _begin_immediate(connection)
+    return statement, parameters
 
 
 def _begin_immediate(connection: Connection) -> None:
     adapted: Any = connection.connection.dbapi_connection
-    if hasattr(adapted, "run_async"):
-        # One trip to aiosqlite's thread; a cursor that is made, used and closed would be three. No turn: waiting for
-        # it would stop the event loop.
-        try:
+    # By the driver, past SQLAlchemy's way of running a statement, which would cost as much as the task's own. A lock
+    # that does not come free is its error all the same: in 2.0 the driver's would pass through a listener bare.
+    try:
+        if hasattr(adapted, "run_async"):
+            # One trip to aiosqlite's thread; a cursor that is made, used and closed would be three. No turn: waiting
+            # for it would stop the event loop.
             adapted.run_async(lambda driver: driver.execute_fetchall(_BEGIN))
-        except sqlite3.Error as exc:
-            raise OperationalError(_BEGIN, None, exc) from exc
-    else:
-        turn = _turns[str(connection.engine.url.database)]
-        # Without a turn in time, SQLite itself says whether the lock is taken.
-        has_turn = turn.acquire(timeout=connection.info[_PATIENCE])
-        try:
-            # Not by the cursor at hand: a lock that does not come free would be the driver's bare error (2.0).
-            connection.exec_driver_sql(_BEGIN)
-        finally:
-            if has_turn:
-                turn.release()
+        else:
+            turn = _turns[str(connection.engine.url.database)]
+            # Without a turn in time, SQLite itself says whether the lock is taken.
+            has_turn = turn.acquire(timeout=connection.info[_PATIENCE])
+            try:
+                adapted.execute(_BEGIN)
+            finally:
+                if has_turn:
+                    turn.release()
+    except sqlite3.Error as exc:
+        raise OperationalError(_BEGIN, None, exc) from exc
     note_lock(connection)
 
 
 def _autocommits(connection: Connection) -> bool:
-    return connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT"
+    options = connection.get_execution_options()
+    return options.get("isolation_level") == "AUTOCOMMIT" or bool(options.get(AUTOCOMMIT))

@@ -17,7 +17,8 @@ from sqlalchemy import create_engine, event
 
 from aftercommit.pools import network
 from aftercommit.pools.pools import BOOKKEEPING, Pool
-from aftercommit.pools.sqlite import be_impatient
+from aftercommit.pools.sqlite import AUTOCOMMIT, be_impatient
+from aftercommit.pools.views import LEVEL, async_view_of, view_of
 from aftercommit.tasks.transient import is_disconnect
 
 if TYPE_CHECKING:
@@ -92,6 +93,9 @@ class Bookkeeper:
 
     def wake(self) -> None:
         """Have a round made soon."""
+        if self._woken:
+            # The thread has not even looked at the last time.
+            return
         with self._wake:
             self._woken = True
             self._wake.notify()
@@ -127,7 +131,7 @@ class Bookkeeper:
 
         Args:
             work: What to do.
-            autocommit: Whether it is a single statement, which on PostgreSQL then needs no BEGIN and no COMMIT.
+            autocommit: Whether each statement may stand by itself, and so needs no BEGIN and no COMMIT.
         """
         done: list[bool] = []
 
@@ -158,10 +162,11 @@ class Bookkeeper:
     def _execute(self, work: Callable[[Connection], T], *, autocommit: bool) -> T:
         # Whatever the server's default: at a level with snapshots these would fail where they should wait and look.
         if self._loop is None:
-            level = "AUTOCOMMIT" if autocommit else "READ COMMITTED"
             engine = self._engine
             if not self._pools.is_sqlite:
-                engine = engine.execution_options(isolation_level=level)
+                engine = view_of(engine, **{LEVEL: "AUTOCOMMIT" if autocommit else "READ COMMITTED"})
+            elif autocommit:
+                engine = view_of(engine, **{AUTOCOMMIT: True})
             with engine.begin() as connection:
                 return work(connection)
 
@@ -169,7 +174,7 @@ class Bookkeeper:
             # asyncpg prepares first and executes then: outside a transaction, a pooler in between gives each step to
             # another server, which knows nothing of the statement.
             level = "AUTOCOMMIT" if autocommit and self.is_direct else "READ COMMITTED"
-            engine = self._pool.async_engine.execution_options(isolation_level=level)
+            engine = async_view_of(self._pool.async_engine, **{LEVEL: level})
             async with engine.begin() as connection:
                 return await connection.run_sync(work)
 

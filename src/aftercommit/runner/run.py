@@ -88,6 +88,7 @@ class Run:
     current: CurrentRun = field(init=False)
     session: Session | None = None
     connection: Connection | None = None
+    _has_tried: bool = False
     _finishing: bool = False
     _result: str | None = None
     _changes: int = 0
@@ -127,7 +128,9 @@ class Run:
         """Get ready for one try, on *session*: every commit on it must hold what this module demands."""
         self._finishing = False
         self._result = None
-        self.current = self._make_current(self.checkpoint)
+        if self._has_tried or self.checkpoint is not None:
+            self.current = self._make_current(self.checkpoint)
+        self._has_tried = True
         self.current.behind = self
         self.session = session
         timeout = self.task.settings.timeout
@@ -293,11 +296,20 @@ def note_fault(context: Any) -> None:
     run.saw_conflict = run.saw_conflict or fault is Fault.CONFLICT
 
 
-def stop_at_statement(*_: Any) -> None:
+def stop_at_statement(
+    _connection: Connection,
+    _cursor: Any,
+    statement: str,
+    parameters: Any,
+    _context: Any,
+    _many: bool,  # noqa: FBT001  # the event's signature
+) -> tuple[str, Any]:
     """Raise what has ended the run at hand, before it sends another statement.
 
-    A listener of the engines' ``before_cursor_execute``. A thread cannot be stopped, but it can be told.
+    A listener of the engines' ``before_cursor_execute``, with ``retval=True``. A thread cannot be stopped, but it can
+    be told.
     """
     run = current_run()
     if run is not None and run.stopped_by is not None:
         raise run.stopped_by
+    return statement, parameters

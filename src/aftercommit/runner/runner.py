@@ -81,6 +81,7 @@ class Runner:
         self._overrun: set[threading.Thread] = set()
         self._writing_seconds = _WRITING_SECONDS
         self._changed = threading.Condition()
+        self._draining = 0
         self._changed_on_loop: asyncio.Event | None = None
         self.lanes = {
             name: Lane(
@@ -476,8 +477,9 @@ class Runner:
     def _lane_changed(self, lane: Lane) -> None:
         if lane.has_queued and lane.capacity():
             self.books.wake()
-        with self._changed:
-            self._changed.notify_all()
+        if self._draining:
+            with self._changed:
+                self._changed.notify_all()
         if self._changed_on_loop is not None and self.loop is not None and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(self._changed_on_loop.set)
 
@@ -525,6 +527,15 @@ class Runner:
             TimeoutError: If something is left after *timeout* seconds.
         """
         deadline = time.monotonic() + timeout
+        with self._changed:
+            self._draining += 1
+        try:
+            self._wait_drained(deadline, timeout)
+        finally:
+            with self._changed:
+                self._draining -= 1
+
+    def _wait_drained(self, deadline: float, timeout: float) -> None:
         while not self.is_drained():
             left = deadline - time.monotonic()
             if left <= 0:

@@ -32,6 +32,7 @@ from aftercommit.runner.ending import (
     worn_out,
 )
 from aftercommit.runner.run import Run
+from aftercommit.sessions import has_begun
 from aftercommit.tasks.context import logged
 from aftercommit.tasks.current import as_current
 from aftercommit.tasks.retry import Again, GiveUp
@@ -192,11 +193,13 @@ async def try_async(run: Run, ground: Ground) -> BaseException | None:
     try:
         run.prepare(session.sync_session)
         with logged(run.current), as_current(run.current):
-            async with asyncio.timeout(run.task.settings.timeout) as limit:
-                args, kwargs = await session.run_sync(run.task.arguments.load, run.arguments, run_id=run.id)
-                result = await run.task.function(*_with_session(run, session, args), **kwargs)
+            if run.task.settings.timeout is None:
+                result = await _async_call(run, session)
+            else:
+                async with asyncio.timeout(run.task.settings.timeout) as limit:
+                    result = await _async_call(run, session)
             run.finish_with(result)
-            await to_the_end(session.run_sync(_last_commit, run))
+            has_ended = await to_the_end(session.run_sync(_last_commit_and_end, run, scope))
     except BaseException as exc:  # noqa: BLE001  # it is judged, recorded and told of; nothing is swallowed
         error: BaseException = exc
         if isinstance(exc, TimeoutError) and limit is not None and limit.expired():
@@ -205,9 +208,29 @@ async def try_async(run: Run, ground: Ground) -> BaseException | None:
         with contextlib.suppress(asyncio.CancelledError):
             await to_the_end(_async_leave(scope, error))
         return None if run.is_committed else _overdue_if_so(run, error)
-    with contextlib.suppress(asyncio.CancelledError):
-        await to_the_end(_async_leave(scope, None))
+    if not has_ended:
+        with contextlib.suppress(asyncio.CancelledError):
+            await to_the_end(_async_leave(scope, None))
     return None
+
+
+async def _async_call(run: Run, session: AsyncSession) -> Any:
+    plan = run.task.arguments
+    if plan.has_rows:
+        args, kwargs = await session.run_sync(plan.load, run.arguments, run_id=run.id)
+    else:
+        args, kwargs = plan.load(session.sync_session, run.arguments, run_id=run.id)
+    return await run.task.function(*_with_session(run, session, args), **kwargs)
+
+
+def _last_commit_and_end(session: Session, run: Run, scope: AsyncScope) -> bool:
+    """Commit and end in one go; whether it has ended."""
+    _last_commit(session, run)
+    try:
+        return scope.end_within(session)
+    except Exception as exc:  # noqa: BLE001  # told of in the next line
+        _note_leaving(scope.owner, exc)
+        return True
 
 
 async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
@@ -254,8 +277,9 @@ def _with_session(run: Run, session: Session | AsyncSession, args: tuple[Any, ..
 
 
 def _last_commit(session: Session, run: Run) -> None:
-    # A task that touched nothing has no transaction yet, and its record must be finished all the same.
-    session.connection()
+    if not has_begun(session):
+        # It has touched nothing, and its record must be finished all the same.
+        session.connection()
     session.commit()
     run.is_committed = True
 

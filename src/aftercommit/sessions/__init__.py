@@ -8,6 +8,7 @@ from aftercommit.sessions.scopes import AsyncScope, Scope, shielded
 from aftercommit.sessions.waiting import (
     at_every_commit,
     autocommits,
+    has_begun,
     simulate_commits,
     sync_session_of,
     wait_for_commit,
@@ -24,6 +25,7 @@ __all__ = [
     "at_every_commit",
     "autocommits",
     "end_for_good",
+    "has_begun",
     "owner_of",
     "serving",
     "shielded",

@@ -10,6 +10,7 @@ from sqlalchemy.orm import Session
 
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools.sqlite import IMMEDIATE
+from aftercommit.pools.views import LEVEL, async_view_of, view_of
 from aftercommit.sessions.scopes import AsyncScope, Scope
 
 if TYPE_CHECKING:
@@ -126,7 +127,7 @@ class SessionFactory:
         known, view = self._engines.get((pool, level), (None, None))
         if view is None or known is not engine:
             # Another view of the same pool: the level costs no round trip.
-            view = engine.execution_options(**self._run_options(pool, level))
+            view = view_of(engine, **self._run_options(pool, level))
             self._engines[pool, level] = engine, view
         return view
 
@@ -134,14 +135,15 @@ class SessionFactory:
         engine = self.pools[pool].async_engine
         known, view = self._async_engines.get((pool, level), (None, None))
         if view is None or known is not engine:
-            view = engine.execution_options(**self._run_options(pool, level))
+            view = async_view_of(engine, **self._run_options(pool, level))
             self._async_engines[pool, level] = engine, view
         return view
 
     def _run_options(self, pool: str, level: str | None) -> dict[str, Any]:
         if self.pools.is_sqlite:
             return {IMMEDIATE: True}
-        return {"isolation_level": level or self.pools[pool].settings.isolation_level or DEFAULT_LEVEL}
+        chosen = level or self.pools[pool].settings.isolation_level or DEFAULT_LEVEL
+        return {LEVEL: chosen.upper()}
 
     def _joined(self) -> Connection | None:
         if isinstance(self.connection, AsyncConnection):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -100,6 +101,7 @@ def is_ours(file: str) -> bool:
     return file.startswith(_LIBRARIES[:2])
 
 
+@lru_cache(maxsize=4096)
 def is_users(file: str) -> bool:
     """Whether a source file belongs to no library."""
     return not file.startswith(_LIBRARIES[:3]) and not any(part in file for part in _LIBRARIES[3:])

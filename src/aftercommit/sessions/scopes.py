@@ -132,6 +132,28 @@ class AsyncScope:
         """
         await shielded(self._finish(commit=False))
 
+    def end_within(self, session: Session) -> bool:
+        """The same as ``end`` for a session that has just committed, by a function that ``run_sync`` runs.
+
+        Each ``run_sync`` costs a greenlet, and each shield an asyncio task: whoever runs in both already needs no more
+        of them.
+
+        Args:
+            session: The plain session, as ``run_sync`` gives it.
+
+        Returns:
+            Whether it has ended. A class with a ``close`` of its own has not: that one is to be awaited.
+        """
+        if type(self.session).close is not AsyncSession.close or "close" in vars(self.session):
+            return False
+        try:
+            explain_survivors(session, self.owner)
+            session.close()
+        finally:
+            end_for_good(self.session, self.owner)
+            self._leash.take_off()
+        return True
+
     async def _finish(self, *, commit: bool) -> None:
         session = self.session
         is_first = False

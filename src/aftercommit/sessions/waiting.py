@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 __all__ = [
     "at_every_commit",
     "autocommits",
+    "has_begun",
     "simulate_commits",
     "simulates_commits",
     "sync_session_of",
@@ -131,6 +132,12 @@ def at_every_commit(
             what it raises aborts the commit.
     """
     session.info[_HOOKS] = (begun, committing)
+
+
+def has_begun(session: Session) -> bool:
+    """Whether the transaction that *session* is in has reached a connection."""
+    track: Track | None = session.info.get(_TRACK)
+    return track is not None and bool(track.connections)
 
 
 def autocommits(bind: Engine | Connection) -> bool:

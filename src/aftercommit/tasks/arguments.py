@@ -89,6 +89,7 @@ class _Prepared:
     signature: inspect.Signature
     positional: list[Parameter] | None  # what a call by position only fills, where the signature is that simple
     fields: Fields
+    has_rows: bool
 
 
 class ArgumentPlan:
@@ -183,6 +184,11 @@ class ArgumentPlan:
             )
         return self._call(made, values, run_id)
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether ``load`` may ask the database, so that async code must call it through ``run_sync``."""
+        return (self._made or self._prepared()).has_rows
+
     # --- ours ---------------------------------------------------------------------------------------------------
 
     def _prepared(self) -> _Prepared:
@@ -200,6 +206,7 @@ class ArgumentPlan:
             signature=inspect.Signature([it.replace(annotation=it.empty) for it in found.values()]),
             positional=list(parameters.values()) if all(it.kind in _POSITIONAL for it in found.values()) else None,
             fields=Fields({name: parameter.hint for name, parameter in parameters.items()}),
+            has_rows=any(parameter.rows for parameter in parameters.values()),
         )
 
     def _bind(self, made: _Prepared, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -227,6 +234,9 @@ class ArgumentPlan:
     def _call(
         self, made: _Prepared, values: dict[str, Any], run_id: UUID | None
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if made.positional is not None and len(values) == len(made.positional):
+            # They come in the order of the parameters.
+            return tuple(values.values()), {}
         args: list[Any] = []
         kwargs: dict[str, Any] = {}
         by_position = True

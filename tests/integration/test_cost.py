@@ -1,0 +1,182 @@
+"""What is sent to the database and what is not: every statement is a trip, and idle processes are many."""
+
+import sqlite3
+import threading
+from collections.abc import Iterator
+
+import pytest
+import sqlalchemy as sa
+from sqlalchemy.orm import Session
+
+from aftercommit import PoolSettings, signals
+from tests.support.databases import DatabaseUnderTest
+from tests.support.workshop import Effect, Heard, Workshop
+
+
+@pytest.fixture
+def shop(database: DatabaseUnderTest) -> Iterator[Workshop]:
+    """A workshop on each driver in turn."""
+    shop = Workshop(database)
+    yield shop
+    shop.close()
+
+
+def effect(session: Session, label: str) -> None:
+    """What most tasks here do."""
+    session.add(Effect(label=label))
+
+
+# --- a hand-over ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("count", [1, 3, 50])
+def test_tasks_born_claimed_cost_the_asker_one_statement(shop: Workshop, count: int):
+    """While they run here, whatever finds a place and whatever is queued, the asker's transaction sends one more."""
+    task = shop.task()(effect)
+
+    def ask(session: Session, labels: list[str]) -> None:
+        session.add(Effect(label="asker"))
+        for label in labels:
+            shop.db.after_commit(session, task, label)
+
+    with shop.running():
+        shop.commit(lambda session: ask(session, []))
+        plain = _sent_by(shop, lambda session: ask(session, []))
+        with_tasks = _sent_by(shop, lambda session: ask(session, [str(n) for n in range(count)]))
+        shop.drain()
+
+    assert len(with_tasks) == len(plain) + 1, with_tasks
+    assert len(shop.effects()) == 3 + count
+
+
+def _sent_by(shop: Workshop, body) -> list[str]:
+    engine = shop.db.async_engine().sync_engine if shop.is_async else shop.db.engine()
+    sent: list[str] = []
+
+    def note(_connection, _cursor, statement: str, *_) -> None:
+        sent.append(statement)
+
+    sa.event.listen(engine, "before_cursor_execute", note)
+    try:
+        shop.commit(body)
+    finally:
+        sa.event.remove(engine, "before_cursor_execute", note)
+    return sent
+
+
+# --- a run ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_costs_one_statement_more_than_its_function(shop: Workshop):
+    """What a task sends is what its function sends, and the note that it is done."""
+    task = shop.task()(effect)
+    sent: list[str] = []
+    with shop.running(), Heard(signals.TaskSucceeded) as heard:
+        shop.ask(task, "warm")
+        heard.wait(signals.TaskSucceeded)
+        pool = "default"
+        engine = shop.db.async_engine(pool).sync_engine if shop.is_async else shop.db.engine(pool)
+
+        @sa.event.listens_for(engine, "before_cursor_execute")
+        def note(_connection, _cursor, statement: str, *_) -> None:
+            sent.append(statement.split(maxsplit=1)[0])
+
+        shop.ask(task, "a")
+        heard.wait(signals.TaskSucceeded, count=2)
+
+    # pysqlite's BEGIN IMMEDIATE is a statement that SQLAlchemy sees; the others' BEGIN is the driver's.
+    assert [each for each in sent if each != "BEGIN"] == ["INSERT", "UPDATE"]
+
+
+# --- the level of a connection --------------------------------------------------------------------------------------
+
+
+@pytest.mark.drivers("psycopg", "asyncpg")
+def test_a_connection_begins_at_the_level_of_whoever_has_it(database: DatabaseUnderTest):
+    """Tasks and other sessions take turns on the one connection of a pool: each gets its own level, whoever was before.
+
+    Even after somebody set the level himself, which SQLAlchemy then sets back behind his session.
+    """
+    shop = Workshop(database, pools={"default": PoolSettings(pool_size=1, max_overflow=0)})
+    levels: list[str] = []
+
+    def look(session: Session, _label: str) -> None:
+        levels.append(session.connection().exec_driver_sql("SHOW transaction_isolation").scalar_one())
+
+    def choose(session: Session, label: str) -> None:
+        session.connection(execution_options={"isolation_level": "SERIALIZABLE"})
+        look(session, label)
+
+    task, choosing = shop.task()(look), shop.task()(choose)
+    with shop.running(), Heard(signals.TaskSucceeded) as heard:
+        for count in (1, 4):
+            shop.ask(task, "a")
+            heard.wait(signals.TaskSucceeded, count=count)
+            _in_session(shop, lambda session: look(session, ""))
+            shop.ask(choosing, "a")
+            heard.wait(signals.TaskSucceeded, count=count + 1)
+            shop.ask(task, "a")
+            heard.wait(signals.TaskSucceeded, count=count + 2)
+            _in_session(shop, lambda session: choose(session, ""))
+    shop.close()
+
+    assert levels == ["repeatable read", "read committed", "serializable", "repeatable read", "serializable"] * 2
+
+
+def _in_session(shop: Workshop, body) -> None:
+    """Run *body* in a session on the pool of the tasks."""
+    if not shop.is_async:
+        with shop.db.session("default") as session:
+            body(session)
+        return
+
+    async def run() -> None:
+        async with shop.db.async_session("default") as session:
+            await session.run_sync(body)
+
+    shop.on_loop(run())
+
+
+@pytest.mark.drivers("psycopg", "asyncpg")
+def test_whoever_listens_on_the_engine_hears_of_tasks(shop: Workshop):
+    """A listener on the engine of a pool that is added late hears of what its tasks send."""
+    task = shop.task()(effect)
+    heard_of: list[str] = []
+    with shop.running(), Heard(signals.TaskSucceeded) as heard:
+        shop.ask(task, "a")
+        heard.wait(signals.TaskSucceeded)
+        engine = shop.db.async_engine("default").sync_engine if shop.is_async else shop.db.engine("default")
+        sa.event.listen(engine, "commit", lambda _connection: heard_of.append("commit"))
+        shop.ask(task, "b")
+        heard.wait(signals.TaskSucceeded, count=2)
+
+    assert heard_of == ["commit"]
+
+
+# --- an idle process ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.drivers("pysqlite", "aiosqlite")
+def test_an_idle_application_is_quiet_on_sqlite(shop: Workshop):
+    """With nothing to do, a process sends SQLite less than one statement per second, BEGIN and COMMIT included."""
+    sent: list[str] = []
+
+    def trace(connection, _record) -> None:
+        # aiosqlite's bookkeeping is done by the driver that comes with Python; its own connections are idle.
+        if isinstance(connection, sqlite3.Connection):
+            connection.set_trace_callback(sent.append)
+
+    sa.event.listen(sa.Pool, "connect", trace)
+    try:
+        quiet = threading.Event()
+        with shop.running():
+            shop.drain()
+            quiet.wait(1.0)
+            began = len(sent)
+            quiet.wait(12.0)
+            idle = sent[began:]
+    finally:
+        sa.event.remove(sa.Pool, "connect", trace)
+
+    assert began > 0
+    assert len(idle) < 12, idle
