@@ -582,8 +582,9 @@ class Database:
         goes on behind the last chunk that was committed.
 
         Args:
-            source: A ``Select`` of a mapped class, read page by page on the primary key; keys of *entity*; or any
-                values, a generator too. Inside a task it must give the same values in the same order each time.
+            source: A ``Select`` of a mapped class, read page by page on the primary key; a ``Select`` of exactly that
+                key, for handlers that need no loaded row; keys of *entity*; or any values, a generator too. Inside a
+                task it must give the same values in the same order each time.
             handler: Called with the chunk's session and the row (or value).
             size: Records in a chunk, 1 to 10 000.
             workers: Chunks at once, each in a place of the pool.
