@@ -28,7 +28,7 @@ from aftercommit.errors import (
     TaskDefinitionError,
     TaskStateError,
 )
-from aftercommit.events.handlers import Handlers, as_task_function, check_event_type
+from aftercommit.events.handlers import Handlers, Handles, as_task_function, check_event_type
 from aftercommit.events.publishing import EventHandle, Unhandled, UnhandledSink, new_event
 from aftercommit.pools import Pools, PoolSettings
 from aftercommit.pools.pools import BOOKKEEPING, REQUEST
@@ -63,6 +63,7 @@ R = TypeVar("R")
 S = TypeVar("S", bound=Session)
 A = TypeVar("A", bound=AsyncSession)
 T = TypeVar("T")
+E = TypeVar("E")
 
 AnySession = "Session | AsyncSession | scoped_session[Any]"
 DEFAULT: Final = "default"
@@ -477,7 +478,7 @@ class Database:
 
     def on(
         self,
-        event_type: type,
+        event_type: type[E],
         /,
         *,
         name: str | None = None,
@@ -488,7 +489,7 @@ class Database:
         repeatable: bool = False,
         isolation_level: str | None = None,
         on_failure: Callable[..., Any] | None = None,
-    ) -> Callable[[Callable[..., Any]], Task[..., Any]]:
+    ) -> Handles[E]:
         """Declare a function as a handler of an event: a durable task for each event that is published.
 
         It takes ``(session, event)`` or ``(event)``. Each handler of an event has its own record, its own retries,
@@ -511,7 +512,7 @@ class Database:
         """
         check_event_type(event_type)
 
-        def decorate(function: Callable[..., Any]) -> Task[..., Any]:
+        def decorate(function: Callable[..., Any], /) -> Any:
             declare = self.task(
                 name=name,
                 aliases=aliases,
@@ -563,13 +564,13 @@ class Database:
     def run_batch(
         self,
         source: Any,
-        handler: Callable[..., Any],
+        handler: Callable[[Any, Any], Any],
         *,
         size: int = 100,
         workers: int = 1,
         pool: str = DEFAULT,
         entity: type | None = None,
-        on_error: Callable[..., Any] | None = None,
+        on_error: Callable[[Any, Any, Any], Any] | None = None,
         max_failures: int | None = None,
         per_chunk: bool = False,
         progress: bool | Callable[[int, int | None], None] | None = None,
@@ -624,13 +625,13 @@ class Database:
     async def async_run_batch(
         self,
         source: Any,
-        handler: Callable[..., Any],
+        handler: Callable[[Any, Any], Any],
         *,
         size: int = 100,
         workers: int = 1,
         pool: str = DEFAULT,
         entity: type | None = None,
-        on_error: Callable[..., Any] | None = None,
+        on_error: Callable[[Any, Any, Any], Any] | None = None,
         max_failures: int | None = None,
         per_chunk: bool = False,
         progress: bool | Callable[[int, int | None], None] | None = None,
