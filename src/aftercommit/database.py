@@ -608,9 +608,12 @@ class Database:
                 in a transaction.
             ConfigurationError: For what cannot be meant.
         """
-        from aftercommit.batches import batch  # it needs Pydantic, which takes as long to import as all the rest
+        from aftercommit.batches import (  # they need Pydantic, which takes as long to import as all the rest
+            batch,
+            options,
+        )
 
-        options = batch.Options(
+        chosen = options.Options(
             size=size,
             workers=workers,
             pool=pool,
@@ -620,7 +623,7 @@ class Database:
             per_chunk=per_chunk,
             progress=progress,
         )
-        return batch.run_batch(self, source, handler, options)
+        return batch.run_batch(self, source, handler, chosen)
 
     async def async_run_batch(
         self,
@@ -641,9 +644,12 @@ class Database:
         An ``async def`` handler (or ``on_error``) is given an ``AsyncSession``, a ``def`` one the ``Session`` behind
         it. Lanes run side by side on this event loop.
         """
-        from aftercommit.batches import batch  # it needs Pydantic, which takes as long to import as all the rest
+        from aftercommit.batches import (  # they need Pydantic, which takes as long to import as all the rest
+            batch,
+            options,
+        )
 
-        options = batch.Options(
+        chosen = options.Options(
             size=size,
             workers=workers,
             pool=pool,
@@ -653,7 +659,7 @@ class Database:
             per_chunk=per_chunk,
             progress=progress,
         )
-        return await batch.async_run_batch(self, source, handler, options)
+        return await batch.async_run_batch(self, source, handler, chosen)
 
     # --- by hand ------------------------------------------------------------------------------------------------
 
