@@ -61,7 +61,8 @@ def check(engine: Engine, rows: int, *, bad: bool) -> None:
         AssertionError: If it did not.
     """
     with Session(engine) as session:
-        found = dict(session.execute(select(Order.state, func.count()).group_by(Order.state)).tuples().all())
+        states = session.execute(select(Order.state, func.count()).group_by(Order.state))
+        found = {row[0]: row[1] for row in states}
         done = session.scalar(select(func.sum(Order.done)))
     failed = sum(1 for number in range(1, rows + 1) if number % 100 == BAD) if bad else 0
     expected = {"settled": rows - failed, **({"refused": failed} if failed else {})}
