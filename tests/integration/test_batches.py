@@ -1173,7 +1173,7 @@ class Deaths:
 
 
 @pytest.mark.drivers("pysqlite", "psycopg")
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_every_good_record_once_every_bad_one_marked_once(bench: Bench, data: st.DataObject) -> None:
     """For any failing records, kind of source, chunk size, width and points of death, nothing is lost or done twice."""
