@@ -153,6 +153,7 @@ class _Rows:
         self._pages: deque[Chunk] = deque()
         inner = statement.order_by(None).subquery()
         self._inner = [_inside(inner, column) for column in self._columns]
+        self._keys = select(*self._inner).order_by(*self._inner).distinct()
 
     def next(self, read: Callable[[Callable[[Session], Any]], Any], following: Callable[[Any], Any]) -> Chunk | None:  # noqa: ARG002
         """The next page."""
@@ -166,9 +167,7 @@ class _Rows:
         """Cut some pages off *gap*, and put back what is left of it."""
         wanted = self._size * _PAGES_AHEAD
         after = gap.after
-        statement = select(*self._inner).order_by(*self._inner).limit(wanted).distinct()
-        for condition in self._between(self._inner, after, gap.last):
-            statement = statement.where(condition)
+        statement = self._keys.where(*self._between(self._inner, after, gap.last)).limit(wanted)
         keys = read(lambda session: session.execute(statement).all())
         place = gap.start
         for first in range(0, len(keys), self._size):
@@ -231,8 +230,10 @@ class _Keys(_Rows):
 
     def load(self, session: Session, chunk: Chunk) -> Loaded:
         """The keys of the page whose rows are there now."""
-        rows = session.execute(self._of(chunk)).unique()
-        return Loaded([_shown(tuple(row)) for row in rows])
+        statement = self._keys.where(*self._between(self._inner, chunk.stretch.after, chunk.stretch.last))
+        if len(self._inner) == 1:
+            return Loaded(list(session.scalars(statement)))
+        return Loaded([tuple(row) for row in session.execute(statement)])
 
     def key_of(self, value: Any) -> Any:
         """The key itself."""
