@@ -69,11 +69,13 @@ def main() -> None:
                     status.update(f"{driver}, round {number} of {options.rounds}, {side}")
                     with database(driver, postgres) as url:
                         rounds.append(run(url, side, options.rows))
+                    console.print(f"{driver}, round {number}, {side}: {rounds[-1].rate:.0f} per second", style="dim")
             for side in MEMORY_SIDES:
                 for rows in options.memory:
                     status.update(f"{driver}, memory of {side}, {rows} rows")
                     with database(driver, postgres) as url:
                         peaks.append(run(url, side, rows))
+                    console.print(f"{driver}, {rows} rows, {side}: {peaks[-1].peak:.0f} MiB", style="dim")
         versions = f"PostgreSQL {postgres.version}"
     if rounds:
         console.print(speed_of(rounds, options))
@@ -90,17 +92,21 @@ def main() -> None:
 def arguments() -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.batch", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--memory", type=int, nargs="*", default=[10_000, 1_000_000], help="rows, to compare the peak")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--rows", type=int)
+    parser.add_argument(
+        "--memory", type=int, nargs="*", help="numbers of rows, to compare the peak; none: leave it out"
+    )
     parser.add_argument("--drivers", nargs="+", choices=DRIVERS, default=DRIVERS)
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=tuple(SIDES), help="the first is the measure")
     parser.add_argument("--quick", action="store_true", help="a look: one round of 5000 rows, memory of 1000 and 10000")
     parser.add_argument("--no-fsync", action="store_true", help="a PostgreSQL that need not wait for the disk")
     parser.add_argument("--json", type=Path, help="keep every figure in this file")
     options = parser.parse_args()
-    if options.quick:
-        options.rounds, options.rows, options.memory = 1, 5000, [1000, 10_000]
+    defaults = (1, 5000, [1000, 10_000]) if options.quick else (3, 100_000, [10_000, 1_000_000])
+    for name, default in zip(("rounds", "rows", "memory"), defaults, strict=True):
+        if getattr(options, name) is None:
+            setattr(options, name, default)
     return options
 
 

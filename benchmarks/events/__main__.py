@@ -59,6 +59,9 @@ def main() -> None:
                         status.update(f"{driver}, round {number} of {options.rounds}, {kind}, {side}")
                         with database(driver, postgres) as target:
                             rounds.append(run(target, side, kind, options.events, options.width))
+                        console.print(
+                            f"{driver}, {number}, {kind}, {side}: {rounds[-1].rate:.0f} per second", style="dim"
+                        )
         versions = f"PostgreSQL {postgres.version}"
     console.print(table_of(rounds, options))
     packages = ", ".join(f"{name} {version(name)}" for name in ("sqlalchemy", "faststream-outbox"))
