@@ -8,7 +8,7 @@ PROJECTS := $(wildcard pyproject.toml checker/pyproject.toml)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test oldest hazards bench queue soak lint format types chromium clean
+.PHONY: help demo test oldest hazards bench queue batch events soak lint format types chromium clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,12 @@ bench: $(READY) ## Measure what a request with one task costs, beside the hand-w
 
 queue: $(VENV)/.bench ## Measure durable tasks beside hand-written ones and other queues (ARGS="--quick")
 	$(PY) -m benchmarks.queue $(ARGS)
+
+batch: $(READY) ## Measure batches beside the loop that people write and one UPDATE (ARGS="--rows 10000")
+	$(PY) -m benchmarks.batch $(ARGS)
+
+events: $(VENV)/.bench ## Measure events and ways to count, beside an outbox by hand and faststream-outbox
+	$(PY) -m benchmarks.events $(ARGS)
 
 soak: $(READY) ## Kill, freeze and cut off workers at random, for minutes (ARGS="--seconds 600 --seed 7")
 	$(PY) -m benchmarks.soak $(ARGS)

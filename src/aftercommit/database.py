@@ -30,7 +30,7 @@ from aftercommit.errors import (
     TaskDefinitionError,
     TaskStateError,
 )
-from aftercommit.events.handlers import Handlers, as_task_function, check_event_type
+from aftercommit.events.handlers import Handlers, Handles, as_task_function, check_event_type
 from aftercommit.events.publishing import EventHandle, Unhandled, UnhandledSink, new_event
 from aftercommit.pools import Pools, PoolSettings
 from aftercommit.pools.budget import Share, shares
@@ -78,6 +78,7 @@ R = TypeVar("R")
 S = TypeVar("S", bound=Session)
 A = TypeVar("A", bound=AsyncSession)
 T = TypeVar("T")
+E = TypeVar("E")
 
 AnySession = "Session | AsyncSession | scoped_session[Any]"
 DEFAULT: Final = "default"
@@ -553,7 +554,7 @@ class Database:
 
     def on(
         self,
-        event_type: type,
+        event_type: type[E],
         /,
         *,
         name: str | None = None,
@@ -564,7 +565,7 @@ class Database:
         repeatable: bool = False,
         isolation_level: str | None = None,
         on_failure: Callable[..., Any] | None = None,
-    ) -> Callable[[Callable[..., Any]], Task[..., Any]]:
+    ) -> Handles[E]:
         """Declare a function as a handler of an event: a durable task for each event that is published.
 
         It takes ``(session, event)`` or ``(event)``. Each handler of an event has its own record, its own retries,
@@ -587,7 +588,7 @@ class Database:
         """
         check_event_type(event_type)
 
-        def decorate(function: Callable[..., Any]) -> Task[..., Any]:
+        def decorate(function: Callable[..., Any], /) -> Any:
             declare = self.task(
                 name=name,
                 aliases=aliases,
@@ -639,13 +640,13 @@ class Database:
     def run_batch(
         self,
         source: Any,
-        handler: Callable[..., Any],
+        handler: Callable[[Any, Any], Any],
         *,
         size: int = 100,
         workers: int = 1,
         pool: str = DEFAULT,
         entity: type | None = None,
-        on_error: Callable[..., Any] | None = None,
+        on_error: Callable[[Any, Any, Any], Any] | None = None,
         max_failures: int | None = None,
         per_chunk: bool = False,
         progress: bool | Callable[[int, int | None], None] | None = None,
@@ -658,8 +659,9 @@ class Database:
         goes on behind the last chunk that was committed.
 
         Args:
-            source: A ``Select`` of a mapped class, read page by page on the primary key; keys of *entity*; or any
-                values, a generator too. Inside a task it must give the same values in the same order each time.
+            source: A ``Select`` of a mapped class, read page by page on the primary key; a ``Select`` of exactly that
+                key, for handlers that need no loaded row; keys of *entity*; or any values, a generator too. Inside a
+                task it must give the same values in the same order each time.
             handler: Called with the chunk's session and the row (or value).
             size: Records in a chunk, 1 to 10 000.
             workers: Chunks at once, each in a place of the pool.
@@ -682,9 +684,12 @@ class Database:
                 in a transaction.
             ConfigurationError: For what cannot be meant.
         """
-        from aftercommit.batches import batch  # it needs Pydantic, which takes as long to import as all the rest
+        from aftercommit.batches import (  # they need Pydantic, which takes as long to import as all the rest
+            batch,
+            options,
+        )
 
-        options = batch.Options(
+        chosen = options.Options(
             size=size,
             workers=workers,
             pool=pool,
@@ -694,18 +699,18 @@ class Database:
             per_chunk=per_chunk,
             progress=progress,
         )
-        return batch.run_batch(self, source, handler, options)
+        return batch.run_batch(self, source, handler, chosen)
 
     async def async_run_batch(
         self,
         source: Any,
-        handler: Callable[..., Any],
+        handler: Callable[[Any, Any], Any],
         *,
         size: int = 100,
         workers: int = 1,
         pool: str = DEFAULT,
         entity: type | None = None,
-        on_error: Callable[..., Any] | None = None,
+        on_error: Callable[[Any, Any, Any], Any] | None = None,
         max_failures: int | None = None,
         per_chunk: bool = False,
         progress: bool | Callable[[int, int | None], None] | None = None,
@@ -715,9 +720,12 @@ class Database:
         An ``async def`` handler (or ``on_error``) is given an ``AsyncSession``, a ``def`` one the ``Session`` behind
         it. Lanes run side by side on this event loop.
         """
-        from aftercommit.batches import batch  # it needs Pydantic, which takes as long to import as all the rest
+        from aftercommit.batches import (  # they need Pydantic, which takes as long to import as all the rest
+            batch,
+            options,
+        )
 
-        options = batch.Options(
+        chosen = options.Options(
             size=size,
             workers=workers,
             pool=pool,
@@ -727,7 +735,7 @@ class Database:
             per_chunk=per_chunk,
             progress=progress,
         )
-        return await batch.async_run_batch(self, source, handler, options)
+        return await batch.async_run_batch(self, source, handler, chosen)
 
     # --- by hand ------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,8 @@
 """A process that works through a batch in a durable task, and stands still where it is to be killed.
 
-``python -m tests.crash.batch_child URL DRIVER WORKERS POINT``: POINT is ``handler:<id>`` (in the handler of that
-record), ``commit:<n>`` (just before the n-th COMMIT of the pool) or empty: run all that is due.
+``python -m tests.crash.batch_child URL DRIVER WORKERS POINT SIZE BAD``: POINT is ``handler:<id>`` (in the handler of
+that record), ``commit:<n>`` (just before the n-th COMMIT of the pool) or empty: run all that is due. SIZE is that of a
+chunk, BAD the records that fail, such as ``7,31``.
 """
 
 import asyncio
@@ -10,6 +11,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable
+from collections.abc import Set as AbstractSet
 from typing import Any, NoReturn
 
 import sqlalchemy as sa
@@ -19,7 +21,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from aftercommit import Database
 
 HEARTBEAT, SILENT_AFTER = 0.2, 1.0
-COUNT, BAD = 60, frozenset({7, 31, 58})
+COUNT, SIZE, BAD = 60, 7, frozenset({7, 31, 58})
 
 
 class Base(DeclarativeBase):
@@ -48,6 +50,8 @@ def make(
     is_async: bool,
     workers: int,
     point: str = "",
+    size: int = SIZE,
+    bad: AbstractSet[int] = BAD,
     before: Callable[[Session, Record], None] | None = None,
 ) -> Database:
     """The application: one task, which is one batch."""
@@ -60,13 +64,13 @@ def make(
         if point == f"handler:{record.id}":
             session.flush()
             stand_still()
-        if record.id in BAD:
+        if record.id in bad:
             raise ValueError("bad")
 
     def mark(session: Session, record: Record, error: BaseException) -> None:
         record.marks += 1
 
-    options: dict[str, Any] = {"size": 7, "workers": workers, "on_error": mark}
+    options: dict[str, Any] = {"size": size, "workers": workers, "on_error": mark}
     if is_async:
 
         @db.task(name="work")
@@ -107,9 +111,10 @@ async def async_main(db: Database) -> None:
 def main() -> None:
     """Do what the arguments say."""
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
-    url, driver, workers, point = sys.argv[1:]
+    url, driver, workers, point, size, bad = sys.argv[1:]
     is_async = driver in {"asyncpg", "aiosqlite"}
-    db = make(url, is_async=is_async, workers=int(workers), point=point)
+    numbers = {int(number) for number in bad.split(",") if number}
+    db = make(url, is_async=is_async, workers=int(workers), point=point, size=int(size), bad=numbers)
     stop_at(db, point, is_async=is_async)
     if is_async:
         asyncio.run(async_main(db))

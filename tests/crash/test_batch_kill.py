@@ -4,16 +4,19 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 
 import pytest
 import sqlalchemy as sa
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
 from aftercommit import TaskRecord
-from tests.crash.batch_child import BAD, COUNT, Base, Record, async_main, make
+from tests.crash.batch_child import BAD, COUNT, SIZE, Base, Record, async_main, make
 from tests.crash.proxy import ARM, Proxy
 from tests.support.databases import DatabaseUnderTest
 from tests.support.processes import Log, spawn
@@ -24,8 +27,11 @@ ROOT = Path(__file__).parents[2]
 class Child:
     """One life of the worker process."""
 
-    def __init__(self, database: DatabaseUnderTest, workers: int, point: str) -> None:
-        command = [sys.executable, "-m", "tests.crash.batch_child", database.url, database.driver, str(workers), point]
+    def __init__(
+        self, database: DatabaseUnderTest, workers: int, point: str, *, size: int = SIZE, bad: AbstractSet[int] = BAD
+    ) -> None:
+        arguments = [database.url, database.driver, str(workers), point, str(size), ",".join(map(str, bad))]
+        command = [sys.executable, "-m", "tests.crash.batch_child", *arguments]
         self.process = spawn(command, cwd=ROOT, env={**os.environ, "PYTHONUNBUFFERED": "1"})
         assert self.process.stdout is not None
         self.log = Log(self.process.stdout)
@@ -43,15 +49,22 @@ def engine(database: DatabaseUnderTest) -> Iterator[sa.Engine]:
     """Somebody else's engine on a database with records, and a task that waits."""
     engine = sa.create_engine(database.sync_url)
     Base.metadata.create_all(engine)
+    ask(database)
+    yield engine
+    engine.dispose()
+
+
+def ask(database: DatabaseUnderTest) -> None:
+    """Make records, and ask for the task; whatever there was before is gone."""
     # Any flavour writes the same record.
     db = make(database.sync_url, is_async=False, workers=1)
     db.create_tables()
     with db.session() as session:
+        session.execute(sa.delete(Record))
+        session.execute(sa.delete(TaskRecord))
         session.add_all(Record(id=number) for number in range(1, COUNT + 1))
         db.after_commit(session, db.tasks["work"])
     db.dispose()
-    yield engine
-    engine.dispose()
 
 
 @pytest.mark.parametrize("workers", [1, 3])
@@ -59,36 +72,71 @@ def test_killed_anywhere_a_batch_goes_on_from_its_last_commit(
     database: DatabaseUnderTest, engine: sa.Engine, workers: int
 ) -> None:
     """Killed in a handler, and before COMMITs, five times over: every good record once, every bad one marked once."""
-    points = ["commit:1", "handler:12", "commit:3", "handler:40", "commit:4"]
+    die_and_finish(database, engine, workers, ["commit:1", "handler:12", "commit:3", "handler:40", "commit:4"])
 
-    for point in points:
-        child = Child(database, workers, point)
+    assert_exact(engine)
+
+
+points = st.one_of(
+    st.integers(1, COUNT).map(lambda record: f"handler:{record}"), st.integers(1, 12).map(lambda n: f"commit:{n}")
+)
+
+
+@pytest.mark.drivers("psycopg", "pysqlite")
+@settings(max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    bad=st.sets(st.integers(1, COUNT), max_size=8),
+    size=st.integers(1, 25),
+    workers=st.integers(1, 3),
+    deaths=st.lists(points, min_size=1, max_size=3),
+)
+def test_killed_wherever_it_may_be(  # noqa: PLR0917  # hypothesis passes by name
+    database: DatabaseUnderTest, engine: sa.Engine, bad: set[int], size: int, workers: int, deaths: list[str]
+) -> None:
+    """For any bad records, chunk size, width and points of a SIGKILL, good ones are done, bad ones marked, once."""
+    ask(database)
+
+    die_and_finish(database, engine, workers, deaths, size=size, bad=bad)
+
+    assert_exact(engine, bad)
+
+
+def die_and_finish(
+    database: DatabaseUnderTest,
+    engine: sa.Engine,
+    workers: int,
+    deaths: Sequence[str],
+    *,
+    size: int = SIZE,
+    bad: AbstractSet[int] = BAD,
+) -> None:
+    """Let a process live until each point in turn, and one more until all is done."""
+    for point in deaths:
+        child = Child(database, workers, point, size=size, bad=bad)
         try:
-            child.log.wait_for("AT ")
+            child.log.wait_for("AT ", timeout=60.0)
         except RuntimeError:
-            # A wide batch may have passed the point by the time that it was rescued.
-            assert workers > 1, child.log.text
+            # It had passed the point by the time that it was rescued, or there are fewer commits, and it is done.
+            assert "DRAINED" in child.log.text, child.log.text
         finally:
             child.kill()
         with Session(engine) as session, session.begin():
-            # Five lives for five deaths, and one to finish.
+            # A life for each death, and one to finish.
             session.execute(sa.update(TaskRecord).values(max_attempts=20))
-    last = Child(database, workers, "")
+    last = Child(database, workers, "", size=size, bad=bad)
     try:
         last.log.wait_for("DRAINED", timeout=60.0)
     finally:
         last.kill()
 
-    assert_exact(engine)
 
-
-def assert_exact(engine: sa.Engine) -> None:
+def assert_exact(engine: sa.Engine, bad: AbstractSet[int] = BAD) -> None:
     """Every good record once, every bad one marked once, and the task says so."""
     with Session(engine) as session:
         record = session.scalars(sa.select(TaskRecord)).one()
         assert (record.state, record.result) == ("succeeded", COUNT), record.traceback
         rows = {row.id: (row.n, row.marks) for row in session.scalars(sa.select(Record))}
-    assert rows == {number: (0, 1) if number in BAD else (1, 0) for number in range(1, COUNT + 1)}
+    assert rows == {number: (0, 1) if number in bad else (1, 0) for number in range(1, COUNT + 1)}
 
 
 @pytest.mark.drivers("psycopg", "asyncpg")

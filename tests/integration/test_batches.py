@@ -4,7 +4,7 @@ import asyncio
 import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
-from typing import Any
+from typing import Any, Self
 from uuid import UUID
 
 import pytest
@@ -13,11 +13,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sqlalchemy import select
 from sqlalchemy.ext.asyncio import AsyncSession
-from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, mapped_column
 
 from aftercommit import BatchReport, Database, PoolSettings, Retry, TaskRecord, current_run
 from aftercommit.batches.stretches import Stretch, gaps, merged
 from aftercommit.errors import BatchError, BatchStopped, ConfigurationError, RowGone
+from aftercommit.sessions.owner import owner_of
 from tests.support.databases import DatabaseUnderTest
 
 
@@ -61,9 +62,10 @@ class Child(Base):
 class Bench:
     """A ``Database`` on the driver under test, run natively; handlers are written once, for a ``Session``."""
 
-    def __init__(self, under_test: DatabaseUnderTest) -> None:
+    def __init__(self, under_test: DatabaseUnderTest, isolation_level: str | None = None) -> None:
         self.under_test = under_test
-        self.db = Database(under_test.url, pools={"default": PoolSettings(pool_size=5)})
+        pool = PoolSettings(pool_size=5, isolation_level=isolation_level)
+        self.db = Database(under_test.url, pools={"default": pool})
         self.outside = sa.create_engine(under_test.sync_url)
         self.loop = asyncio.Runner() if under_test.is_async else None
         Base.metadata.create_all(self.outside)
@@ -166,6 +168,20 @@ def bench(database: DatabaseUnderTest) -> Iterator[Bench]:
     made = Bench(database)
     yield made
     made.close()
+
+
+@pytest.fixture
+def postgres_bench(database: DatabaseUnderTest) -> Iterator[Callable[[str], Bench]]:
+    """Make a bench whose task runs are at another isolation."""
+    made: list[Bench] = []
+
+    def make(isolation_level: str) -> Bench:
+        made.append(Bench(database, isolation_level))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
 
 
 def count_up(session: Session, item: Item) -> None:
@@ -330,11 +346,115 @@ def test_memory_does_not_grow_with_the_batch(bench: Bench) -> None:
     assert peak(5000) < peak(500) + 500_000
 
 
+def test_keys_of_a_select_are_given_without_their_rows(bench: Bench) -> None:
+    """A Select of the primary key gives keys, page by page, and no statement loads their rows."""
+    bench.fill(25)
+    pool = bench.db.engine("default") if bench.loop is None else bench.db.async_engine("default").sync_engine
+    sent: list[str] = []
+    sa.event.listen(pool, "before_cursor_execute", lambda _c, _k, statement, *_: sent.append(statement))
+    given: list[list[int]] = []
+
+    def handle(session: Session, keys: list[int]) -> None:
+        given.append(keys)
+        session.execute(sa.update(Item).where(Item.id.between(keys[0], keys[-1]), Item.n == 0).values(n=Item.n + 1))
+
+    report = bench.run(select(Item.id).where(Item.n == 0), handle, size=10, per_chunk=True)
+
+    assert (report.total, report.succeeded) == (25, 25)
+    assert given == [list(range(1, 11)), list(range(11, 21)), list(range(21, 26))]
+    assert set(bench.counts.values()) == {1}
+    assert not [each for each in sent if "item.note" in each]
+
+
+@pytest.mark.drivers("psycopg", "pysqlite")
+def test_bad_ones_among_keys_of_a_select(bench: Bench) -> None:
+    """A key is a record as a row is: one that fails is isolated, marked and reported by itself; parts make a tuple."""
+    with Session(bench.outside) as session, session.begin():
+        session.add_all(Pair(left="a", right=UUID(int=number)) for number in range(7))
+    bad = ("a", UUID(int=4))
+    marked: list[Any] = []
+
+    def handle(session: Session, key: tuple[str, UUID]) -> None:
+        if key == bad:
+            raise ValueError("bad")
+        session.get_one(Pair, key).n += 1
+
+    report = bench.run(
+        select(Pair.left, Pair.right), handle, size=3, on_error=lambda session, key, error: marked.append(key)
+    )
+
+    assert (report.succeeded, [each.key for each in report.failures], marked) == (6, [bad], [bad])
+    assert sorted(bench.look(select(Pair.n))) == [(0,), *[(1,)] * 6]
+
+
+def test_memory_does_not_grow_with_the_rows(bench: Bench) -> None:
+    """A Select of ten times as many rows takes no more memory at once."""
+    with bench.outside.begin() as connection:
+        connection.execute(
+            sa.insert(Item), [{"id": number, "n": 0, "note": f"{number:2000}"} for number in range(2500)]
+        )
+
+    def peak(count: int) -> int:
+        tracemalloc.start()
+        bench.run(select(Item).where(Item.id < count), lambda session, item: None, size=25)
+        found = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        return found
+
+    peak(250)
+
+    assert peak(2500) < peak(250) + 500_000
+
+
+@pytest.mark.drivers("asyncpg", "aiosqlite")
+def test_async_handlers_of_rows(bench: Bench) -> None:
+    """Async handlers read a row's attributes without awaiting, also in on_error, after the rollback."""
+    bench.fill(7)
+
+    async def handle(session: AsyncSession, item: Item) -> None:
+        item.n += 1
+        await session.flush()
+        if item.id == 5:
+            raise ValueError("bad")
+
+    async def note(session: AsyncSession, item: Item, error: BaseException) -> None:
+        item.note = f"{item.id} had {item.n}"
+
+    report = bench.run(select(Item), handle, size=4, on_error=note)
+
+    assert (report.succeeded, [each.key for each in report.failures]) == (6, [5])
+    assert bench.counts == {number: int(number != 5) for number in range(1, 8)}
+    assert bench.notes == {5: "5 had 0"}
+
+
+def test_a_chunk_is_one_transaction(bench: Bench) -> None:
+    """Each chunk is committed once, with what its handlers wrote, before the next is begun."""
+    bench.fill(10)
+    seen: list[int] = []
+
+    def handle(session: Session, item: Item) -> None:
+        if item.id % 4 == 1:
+            seen.append(sum(bench.counts.values()))
+        item.n += 1
+
+    bench.run(select(Item), handle, size=4)
+
+    assert seen == [0, 4, 8]
+
+
 @pytest.mark.drivers("pysqlite")
 @pytest.mark.parametrize(
     ("source", "options"),
     [
-        (select(Item.id), {}),
+        (select(Item.n), {}),
+        (select(Item.id, Item.n), {}),
+        (select(Pair.left), {}),
+        (select(Pair.right, Pair.left), {}),
+        (select(Item.id + 1), {}),
+        (select(aliased(Item)), {}),
+        (select(aliased(Item).id), {}),
+        (select(sa.func.count()), {}),
+        (select(Item.id), {"entity": Item}),
         (select(Item, Pair), {}),
         (select(Item).limit(5), {}),
         (select(Item), {"entity": Item}),
@@ -539,6 +659,53 @@ def test_conflicts_repeat_the_chunk(bench: Bench) -> None:
     assert (report.succeeded, report.failed) == (4, 0)
     assert rounds == [0, 100]
     assert bench.counts == {1: 1, 2: 1, 3: 101, 4: 1}
+
+
+@pytest.mark.drivers("psycopg", "asyncpg")
+def test_a_serialization_failure_at_the_commit_repeats_the_chunk(postgres_bench: Callable[[str], Bench]) -> None:
+    """What SERIALIZABLE finds out only at the COMMIT is nobody's failure: the chunk is run again and sees the other."""
+    bench = postgres_bench("SERIALIZABLE")
+    bench.fill(2)
+    rounds: list[int] = []
+
+    def handle(session: Session, item: Item) -> None:
+        if item.id == 1:
+            item.n = 10
+            session.flush()
+            return
+        rounds.append(item.n)
+        if len(rounds) == 1:
+            # It reads what this chunk has written, as it was before, and writes what this chunk has read.
+            with bench.outside.connect().execution_options(isolation_level="SERIALIZABLE") as other, other.begin():
+                before = other.scalar(select(Item.n).where(Item.id == 1))
+                other.execute(sa.update(Item).where(Item.id == 2).values(n=before + 5))
+
+    report = bench.run(select(Item), handle, size=2)
+
+    assert (report.succeeded, report.failed) == (2, 0)
+    assert rounds == [0, 5]
+    assert bench.counts == {1: 10, 2: 5}
+
+
+@pytest.mark.drivers("psycopg", "asyncpg")
+def test_a_lost_connection_repeats_the_chunk(bench: Bench) -> None:
+    """A server that ends the chunk's connection costs a repeat on another one."""
+    bench.fill(4)
+    rounds: list[int] = []
+
+    def handle(session: Session, item: Item) -> None:
+        item.n += 1
+        if item.id == 3:
+            rounds.append(item.id)
+            if len(rounds) == 1:
+                pid = session.scalar(sa.text("SELECT pg_backend_pid()"))
+                with bench.outside.begin() as connection:
+                    connection.execute(sa.text("SELECT pg_terminate_backend(:pid, 10000)"), {"pid": pid})
+
+    report = bench.run(select(Item), handle, size=4)
+
+    assert (report.succeeded, report.failed, len(rounds)) == (4, 0, 2)
+    assert set(bench.counts.values()) == {1}
 
 
 @pytest.mark.drivers("psycopg", "asyncpg")
@@ -966,53 +1133,95 @@ def test_what_is_done_and_what_is_left_are_the_whole(size: int, order: list[int]
     assert left[-1].stop is None
 
 
+class Deaths:
+    """Where a batch dies: at a record, before its n-th COMMIT, and behind its n-th COMMIT; each once."""
+
+    def __init__(self, records: set[int], before: set[int], behind: set[int]) -> None:
+        self.records, self._before, self._behind = set(records), set(before), set(behind)
+        self._begun = self._done = 0
+
+    def __enter__(self) -> Self:
+        sa.event.listen(Session, "before_commit", self._before_commit)
+        sa.event.listen(Session, "after_commit", self._after_commit)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sa.event.remove(Session, "before_commit", self._before_commit)
+        sa.event.remove(Session, "after_commit", self._after_commit)
+
+    def at(self, record: int) -> None:
+        """Die here, if it is the place."""
+        if record in self.records:
+            self.records.discard(record)
+            raise _Crash
+
+    def _before_commit(self, session: Session) -> None:
+        if self._is_batch(session):
+            self._begun += 1
+            if self._begun in self._before:
+                raise _Crash
+
+    def _after_commit(self, session: Session) -> None:
+        if self._is_batch(session):
+            self._done += 1
+            if self._done in self._behind:
+                raise _Crash
+
+    def _is_batch(self, session: Session) -> bool:
+        owner = owner_of(session)
+        return owner is not None and owner.name.startswith("batch of") and session.get_nested_transaction() is None
+
+
 @pytest.mark.drivers("pysqlite", "psycopg")
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    count=st.integers(0, 40),
-    bad=st.sets(st.integers(1, 40)),
-    size=st.integers(1, 12),
-    workers=st.integers(1, 3),
-    kills=st.sets(st.integers(1, 40), max_size=3),
-    as_rows=st.booleans(),
-)
-def test_every_good_record_once_every_bad_one_marked_once(  # noqa: PLR0917  # hypothesis passes by name
-    bench: Bench, count: int, bad: set[int], size: int, workers: int, kills: set[int], as_rows: bool
-) -> None:
-    """For any failing records, chunk size, width and points of death, nothing is done twice and nothing is lost."""
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_every_good_record_once_every_bad_one_marked_once(bench: Bench, data: st.DataObject) -> None:
+    """For any failing records, kind of source, chunk size, width and points of death, nothing is lost or done twice."""
+    count = data.draw(st.integers(0, 40), label="count")
+    numbers = st.sets(st.integers(1, max(1, count)), max_size=max(1, count))
+    bad = data.draw(numbers, label="bad") & set(range(1, count + 1))
+    at_commit = data.draw(st.sets(st.sampled_from(sorted(bad)) if bad else st.nothing()), label="bad at the commit")
+    size = data.draw(st.integers(1, 12), label="size")
+    workers = data.draw(st.integers(1, 3), label="workers")
+    kind = data.draw(st.sampled_from(["rows", "keys", "values"]), label="source")
+    per_chunk = data.draw(st.booleans(), label="per_chunk")
+    points = st.sets(st.integers(1, 30), max_size=2)
+    deaths = Deaths(
+        data.draw(st.sets(st.integers(1, 40), max_size=3), label="deaths in handlers"),
+        data.draw(points, label="deaths before commits"),
+        data.draw(points, label="deaths behind commits"),
+    )
     with bench.outside.begin() as connection:
         connection.execute(sa.delete(Item))
     bench.fill(count)
-    left = set(kills)
 
-    def handle(session: Session, item: Item) -> None:
-        item.n += 1
-        if item.id in bad:
-            raise ValueError("bad")
-        if item.id in left:
-            left.discard(item.id)
-            raise _Crash
+    def handle(session: Session, given: Any) -> None:
+        for item in given if per_chunk else [given]:
+            row = item if isinstance(item, Item) else session.get_one(Item, item)
+            row.n += 1
+            if row.id in at_commit:
+                session.add(Child(id=row.id, parent=404))
+            elif row.id in bad:
+                raise ValueError("bad")
+            deaths.at(row.id)
 
-    def note(session: Session, item: Item, error: BaseException) -> None:
-        item.note = f"{item.note or ''}{item.id}."
+    def note(session: Session, item: Any, error: BaseException) -> None:
+        row = item if isinstance(item, Item) else session.get_one(Item, item)
+        row.note = f"{row.note or ''}{row.id}."
 
     bench.db._tasks.clear()
-    source: Any = select(Item) if as_rows else range(1, count + 1)
-    entity = None if as_rows else Item
-    record = bench.drain(
-        bench.batch_task(
-            lambda: (source, handle),
-            size=size,
-            workers=workers,
-            on_error=note,
-            entity=entity,
-        )
+    source: Any = {"rows": select(Item), "keys": range(1, count + 1), "values": list(range(1, count + 1))}[kind]
+    entity = Item if kind == "keys" else None
+    task = bench.batch_task(
+        lambda: (source, handle), size=size, workers=workers, on_error=note, entity=entity, per_chunk=per_chunk
     )
+    with deaths:
+        record = bench.drain(task)
 
     assert record.state == "succeeded", record.traceback
     report = bench.reports[-1]
-    expected_bad = {number for number in bad if number <= count}
     assert report.total == report.succeeded + report.failed == count
-    assert report.failed == len(expected_bad)
+    assert report.failed == len(bad)
     assert bench.counts == {number: int(number not in bad) for number in range(1, count + 1)}
-    assert bench.notes == {number: f"{number}." for number in expected_bad}
+    assert bench.notes == {number: f"{number}." for number in bad}
+    assert bench.look(select(Child.id)) == []

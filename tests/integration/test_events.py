@@ -477,3 +477,102 @@ def test_naive_counters_are_exact(post: Post) -> None:
     sold = {parity: sum(number % 5 for number in range(60) if number % 2 == parity) for parity in range(2)}
     assert {row.id: 1000 - row.inventory_count for row in post.look(select(Product))} == sold
     assert {row.name: row.user_count for row in post.look(select(Stats))} == {f"day {day}": 20 for day in range(3)}
+
+
+# --- while a deploy is under way --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def deploy(database: DatabaseUnderTest) -> Iterator[Callable[[], Post]]:
+    """Make further applications on the same database: the code before a deploy, and the code behind it."""
+    made: list[Post] = []
+
+    def make() -> Post:
+        made.append(Post(database))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_old_and_new_code_side_by_side(deploy: Callable[[], Post]) -> None:
+    """Each publishes for the handlers that it knows, and runs only these; what the other knows waits for it."""
+    old, new = deploy(), deploy()
+    ran: list[tuple[str, int]] = []
+
+    @old.on(OrderCreated, name="kept")
+    def kept_in_old(session: Session, event: OrderCreated) -> None:
+        ran.append(("kept in old", event.order))
+
+    @old.on(OrderCreated)
+    def removed(session: Session, event: OrderCreated) -> None:
+        ran.append(("removed", event.order))
+
+    @new.on(OrderCreated, name="kept")
+    def kept_in_new(session: Session, event: OrderCreated) -> None:
+        ran.append(("kept in new", event.order))
+
+    @new.on(OrderCreated)
+    def added(session: Session, event: OrderCreated) -> None:
+        ran.append(("added", event.order))
+
+    by_old = old.commit(lambda session: old.db.publish(session, OrderCreated(order=1)))
+    by_new = new.commit(lambda session: new.db.publish(session, OrderCreated(order=2)))
+    new.drain()
+    waiting = {(record.task, record.state) for record in new.records if record.state != "succeeded"}
+    ran_by_new, ran[:] = sorted(ran), []
+    old.drain()
+
+    assert (list(by_old.tasks), list(by_new.tasks)) == (["kept", "removed"], ["kept", "added"])
+    assert ran_by_new == [("added", 2), ("kept in new", 1), ("kept in new", 2)]
+    assert waiting == {("removed", "queued")}
+    assert ran == [("removed", 1)]
+
+
+def test_a_handler_that_was_renamed_takes_what_waits(deploy: Callable[[], Post]) -> None:
+    """Under its former name as an alias, a renamed handler gets the events of before."""
+    old, new = deploy(), deploy()
+    seen: list[int] = []
+
+    @old.on(OrderCreated)
+    def keep_stock(session: Session, event: OrderCreated) -> None:
+        raise AssertionError("the old code is gone")
+
+    @new.on(OrderCreated, aliases=("keep_stock",))
+    def reserve_stock(session: Session, event: OrderCreated) -> None:
+        seen.append(event.order)
+
+    old.commit(lambda session: old.db.publish(session, OrderCreated(order=1)))
+    new.commit(lambda session: new.db.publish(session, OrderCreated(order=2)))
+    new.drain()
+
+    assert sorted(seen) == [1, 2]
+    assert {(record.task, record.state) for record in new.records} == {
+        ("keep_stock", "succeeded"),
+        ("reserve_stock", "succeeded"),
+    }
+
+
+def test_a_key_holds_across_a_deploy(deploy: Callable[[], Post]) -> None:
+    """What the old code has published under a key, the new code does not publish again, not even for a new handler."""
+    old, new = deploy(), deploy()
+    seen: list[str] = []
+
+    @old.on(OrderCreated, name="kept")
+    def kept_in_old(session: Session, event: OrderCreated) -> None:
+        seen.append("kept")
+
+    @new.on(OrderCreated, name="kept")
+    def kept_in_new(session: Session, event: OrderCreated) -> None:
+        seen.append("kept")
+
+    @new.on(OrderCreated)
+    def added(session: Session, event: OrderCreated) -> None:
+        seen.append("added")
+
+    old.commit(lambda session: old.db.publish(session, OrderCreated(order=1), key="1"))
+    new.commit(lambda session: new.db.publish(session, OrderCreated(order=1), key="1"))
+    new.drain()
+
+    assert seen == ["kept"]

@@ -1,16 +1,18 @@
 """Read by type checkers only: what users write, and what their editor infers. Nothing here may be an error."""
 
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated, ParamSpec, TypeVar, assert_type
 
-from sqlalchemy import Engine
+from pydantic import BaseModel
+from sqlalchemy import Engine, select
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_scoped_session
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column, scoped_session, sessionmaker
 from sqlmodel import Session as SQLModelSession
 
-from aftercommit import Database, PoolSettings, Retry, Task, TaskHandle, current_run
+from aftercommit import BatchReport, Database, EventHandle, PoolSettings, Retry, Task, TaskHandle, current_run
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -138,6 +140,108 @@ def infer(session: Session) -> None:
     run = current_run()
     if run is not None:
         run.progress(1, 2)
+
+
+# --- events -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Placed:
+    """An event."""
+
+    order: int
+
+
+@dataclass
+class PlacedAbroad(Placed):
+    """A more special one."""
+
+    country: str
+
+
+class Paid(BaseModel):
+    """An event as a model."""
+
+    order: int
+
+
+@db.on(Placed)
+def keep_stock(session: Session, event: Placed) -> int:
+    """A handler with a session."""
+    return event.order
+
+
+@db.on(Paid, name="count", pool="files", retry=Retry(attempts=2), isolation_level="READ COMMITTED", timeout=3.0)
+async def count_paid(session: AsyncSession, event: Paid) -> str:
+    """An async one, with options."""
+    return ""
+
+
+@db.on(Placed)
+def tell(event: Placed) -> None:
+    """One that needs no session."""
+
+
+@db.on(Placed)
+async def async_tell(event: Placed) -> None:
+    """One that needs no session, and awaits."""
+
+
+@db.on(PlacedAbroad)
+def of_any_kind(session: Session, event: Placed) -> None:
+    """One that would handle the more general event, too."""
+
+
+@db.on(Placed)
+def in_sqlmodel(session: SQLModelSession, event: Placed) -> None:
+    """SQLModel's session is a session."""
+
+
+def publish(session: Session, async_session: AsyncSession, scoped: scoped_session[Session]) -> None:
+    """Into any kind of session, and what it gives."""
+    handle = db.publish(session, Placed(order=1))
+    assert_type(handle, EventHandle)
+    assert_type(handle.tasks, dict[str, TaskHandle])
+    db.publish(async_session, Paid(order=1), key="1")
+    db.publish(scoped, Placed(order=1))
+    assert_type(result(keep_stock), int)
+    assert_type(result(count_paid), str)
+    assert_type(result(async_tell), None)
+    db.after_commit(session, keep_stock, Placed(order=1))
+
+
+# --- batches ----------------------------------------------------------------------------------------------------
+
+
+def settle(session: Session, order: Order) -> None:
+    """A handler."""
+
+
+def settle_many(session: Session, orders: list[Order]) -> None:
+    """A handler of whole chunks."""
+
+
+def refuse(session: Session, order: Order, error: BaseException) -> None:
+    """Marks one that failed."""
+
+
+def work() -> None:
+    """Every kind of source."""
+    report = db.run_batch(select(Order), settle, size=50, workers=2, on_error=refuse, max_failures=3, progress=False)
+    assert_type(report, BatchReport)
+    assert_type(report.failures[0].error, BaseException)
+    db.run_batch(select(Order), settle_many, per_chunk=True)
+    db.run_batch([1, 2], settle, entity=Order)
+    db.run_batch((n for n in range(3)), lambda session, n: None, progress=lambda done, total: None)
+
+
+async def async_work(numbers: AsyncIterator[int]) -> None:
+    """Its async twin."""
+
+    async def handle(session: AsyncSession, number: int) -> None: ...
+
+    assert_type(await db.async_run_batch(numbers, handle), BatchReport)
+    await db.async_run_batch(select(Order), settle)
 
 
 # --- sessions and engines ---------------------------------------------------------------------------------------

@@ -5,12 +5,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from aftercommit.batches.chunks import Handling, Settled, repeated, run_chunk
 from aftercommit.batches.flavour import AsyncFlavour, Flavour, SyncFlavour, is_async_callable
+from aftercommit.batches.lanes import Lane, bare
 from aftercommit.batches.progress import Teller, teller
 from aftercommit.batches.report import MAX_FAILURES_KEPT, BatchFailure, BatchReport
 from aftercommit.batches.sources import Chunk, Source, source_of
@@ -27,17 +27,16 @@ if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
     from aftercommit.batches.flavour import Opened
+    from aftercommit.batches.options import Options
     from aftercommit.runner import Outbox
     from aftercommit.runner.lanes import Lane as Place
     from aftercommit.runner.run import Run
     from aftercommit.sessions import SessionFactory
     from aftercommit.tasks.retry import Again
 
-__all__ = ["Batch", "Home", "Options", "async_run_batch", "run_batch"]
+__all__ = ["Batch", "Home", "async_run_batch", "run_batch"]
 
 DEFAULT: Final = "default"
-_MAX_SIZE: Final = 10_000
-_MAX_WORKERS: Final = 64
 _PROGRESS_SECONDS: Final = 0.5
 
 
@@ -46,42 +45,6 @@ class Home(Protocol):
 
     sessions: SessionFactory
     outbox: Outbox
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """The arguments of ``run_batch``, but source and handler.
-
-    Attributes:
-        size: Records in a chunk.
-        workers: Chunks at once.
-        pool: Whose connections it uses.
-        entity: The class that keys are of.
-        on_error: Marks a record that failed.
-        max_failures: How many failures are tolerated.
-        per_chunk: Whether the handler takes a list.
-        progress: Where progress is shown.
-    """
-
-    size: int
-    workers: int
-    pool: str
-    entity: type | None
-    on_error: Callable[..., Any] | None
-    max_failures: int | None
-    per_chunk: bool
-    progress: bool | Callable[[int, int | None], None] | None
-
-    def __post_init__(self) -> None:
-        """Refuse what cannot be meant."""
-        if not 1 <= self.size <= _MAX_SIZE:
-            raise ConfigurationError(
-                f"size={self.size}: a chunk is one transaction of 1 to {_MAX_SIZE} records; 100 to 1000 is a good size."
-            )
-        if not 1 <= self.workers <= _MAX_WORKERS:
-            raise ConfigurationError(f"workers={self.workers}: give 1 to {_MAX_WORKERS} chunks at once.")
-        if self.max_failures is not None and self.max_failures < 0:
-            raise ConfigurationError(f"max_failures={self.max_failures}: give how many are tolerated, 0 or more.")
 
 
 def run_batch(home: Home, source: Any, handler: Callable[..., Any], options: Options) -> BatchReport:
@@ -137,8 +100,8 @@ class Batch:
         self._name = self._number(name)
         self._books = threading.Lock()
         self._done: list[Stretch] = []
-        self._lanes: list[_Lane] = []
-        self._free: list[_Lane] = []
+        self._lanes: list[Lane] = []
+        self._free: list[Lane] = []
         self._failures: list[BatchFailure] = []
         self._failed_here = 0
         self._settled_here = 0
@@ -146,7 +109,7 @@ class Batch:
         self._error: BaseException | None = None
         self._is_exhausted = False
         self._teller: Teller | None = None
-        self._main: _Lane | None = None
+        self._main: Lane | None = None
         self._next_progress = 0.0
         self._source: Source | None = None
 
@@ -233,7 +196,7 @@ class Batch:
         if run is not None and run.claim is not None:
             stored = self._fenced(self._open_positions)
             self._is_finished_before = any(each.is_finished for each in stored)
-        self._lanes = [_Lane(each.lane, each) for each in stored] or [_Lane(number) for number in range(workers)]
+        self._lanes = [Lane(each.lane, each) for each in stored] or [Lane(number) for number in range(workers)]
         self._free = self._lanes[:workers]
         self._done = merged(Stretch(*each) for row in stored for each in row.done)
         self._stored_failures = [list(each) for row in stored for each in row.failures]
@@ -291,7 +254,7 @@ class Batch:
 
     # --- lanes ------------------------------------------------------------------------------------------------
 
-    def _work(self, lane: _Lane) -> None:
+    def _work(self, lane: Lane) -> None:
         """Work in the caller's place, with further lanes beside it; raise what ended the batch."""
         started = time.monotonic()
         try:
@@ -335,7 +298,7 @@ class Batch:
         runner = self._home.outbox.runner
         return None if runner is None or self._run is None else runner.lanes.get(self._run.pool)
 
-    def _serve_beside(self, lane: _Lane, release: Callable[[], None]) -> None:
+    def _serve_beside(self, lane: Lane, release: Callable[[], None]) -> None:
         try:
             self._serve(lane, is_lent=self._run is not None)
         except BaseException as exc:  # noqa: BLE001  # the caller's lane raises it
@@ -353,7 +316,7 @@ class Batch:
                     self._error = error
         self._flavour.hurry(abort=not isinstance(error, Exception))
 
-    def _serve(self, lane: _Lane, *, is_lent: bool = False) -> None:
+    def _serve(self, lane: Lane, *, is_lent: bool = False) -> None:
         """Take one chunk after the other, until none is left, or a task waits for the place that was lent."""
         assert self._source is not None  # noqa: S101  # made before any lane
         handling = Handling(
@@ -442,7 +405,7 @@ class Batch:
         if run is not None and run.deadline is not None:
             moves.limit_time(connection, max(0.0, run.deadline - time.monotonic()) + 0.25)
 
-    def _committing(self, lane: _Lane, connection: Connection, settled: Settled) -> None:
+    def _committing(self, lane: Lane, connection: Connection, settled: Settled) -> None:
         """Save, in the chunk's own transaction, that it is done."""
         run = self._run
         if run is None:
@@ -470,7 +433,7 @@ class Batch:
             raise run.lost()
         self._save_progress(lane, connection, run.id, len(settled.failures) + settled.succeeded)
 
-    def _save_progress(self, lane: _Lane, connection: Connection, record: UUID, more: int) -> None:
+    def _save_progress(self, lane: Lane, connection: Connection, record: UUID, more: int) -> None:
         """Say on the record how far the batch is: now and then, and one lane only, so that it meets nobody."""
         now = time.monotonic()
         if self._teller is None or not self._teller.is_on_record or lane is not self._main or now < self._next_progress:
@@ -479,7 +442,7 @@ class Batch:
         done = self._settled + more
         moves.set_progress(connection, record, done, None if self._total is None else max(self._total, done))
 
-    def _was_committed(self, lane: _Lane) -> bool | None:
+    def _was_committed(self, lane: Lane) -> bool | None:
         run = self._run
         if run is None or run.claim is None:
             return None
@@ -490,7 +453,7 @@ class Batch:
 
         return bool(self._fenced(look))
 
-    def _settle(self, lane: _Lane, settled: Settled) -> None:
+    def _settle(self, lane: Lane, settled: Settled) -> None:
         """Count what was committed."""
         failures = settled.failures
         lane.settle(settled, self._source)
@@ -499,7 +462,7 @@ class Batch:
             self._settled_here += settled.succeeded + len(failures)
             self._failed_here += len(failures)
             for key, error in failures[: MAX_FAILURES_KEPT - len(self._failures)]:
-                self._failures.append(BatchFailure(key=key, error=_bare(error)))
+                self._failures.append(BatchFailure(key=key, error=bare(error)))
             most, failed = self._options.max_failures, self._failed_here
         self._tell()
         if most is not None and failed > most:
@@ -532,56 +495,6 @@ class Batch:
 
 class _Ended(BaseException):
     """Another lane has ended the batch."""
-
-
-class _Lane:
-    """What one lane has done.
-
-    Args:
-        number: Its number.
-        stored: What is known of it from earlier attempts.
-    """
-
-    def __init__(self, number: int, stored: positions.Position | None = None) -> None:
-        self.number = number
-        self.succeeded = 0 if stored is None else stored.succeeded
-        self.failed = 0 if stored is None else stored.failed
-        self.commits = 0 if stored is None else stored.commits
-        self.failures: list[Any] = [] if stored is None else list(stored.failures)
-
-    def with_failures(self, settled: Settled, source: Source | None) -> list[Any] | None:
-        """Its failures with those of *settled*, as they are stored; None where there are no new ones."""
-        room = MAX_FAILURES_KEPT - len(self.failures)
-        if not settled.failures or room <= 0:
-            return None
-        return [*self.failures, *(_stored(key, error, source) for key, error in settled.failures[:room])]
-
-    def settle(self, settled: Settled, source: Source | None) -> None:
-        """Count what was committed."""
-        self.failures = self.with_failures(settled, source) or self.failures
-        self.succeeded += settled.succeeded
-        self.failed += len(settled.failures)
-        self.commits += 1
-
-
-def _stored(key: Any, error: BaseException, source: Source | None) -> list[Any]:
-    line = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
-    line = line.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
-    if source is not None and source.codec is not None:
-        return [source.codec.write(key if isinstance(key, tuple) else (key,)), line]
-    if key is None or isinstance(key, (int, float, bool)):
-        return [key, line]
-    text = (key if isinstance(key, str) else repr(key))[:300]
-    return [text.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0"), line]
-
-
-def _bare(error: BaseException) -> BaseException:
-    """Without its traceback: that would keep the session of the chunk, and every row in it."""
-    link: BaseException | None = error
-    while link is not None and link.__traceback__ is not None:
-        link.__traceback__ = None
-        link = link.__cause__ or link.__context__
-    return error
 
 
 def _nothing() -> None:

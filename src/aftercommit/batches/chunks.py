@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
 
     from aftercommit.batches.flavour import Flavour, Opened
-    from aftercommit.batches.sources import Chunk, Item, Source
+    from aftercommit.batches.sources import Chunk, Loaded, Source
 
 __all__ = ["Handling", "Seen", "Settled", "note_fault", "repeated", "run_chunk"]
 
@@ -223,24 +223,29 @@ def _alone(chunk: Chunk, handling: Handling, seen: Seen) -> Settled:
 
 def _singles(chunk: Chunk, handling: Handling) -> list[Chunk]:
     """Cut *chunk* into chunks of one record; together they are the same stretch."""
-    items = handling.read(lambda session: handling.source.load(session, chunk))
+    # Keys while the session is there: behind its end, a row that was expired could not say its own.
+    keys = handling.read(lambda session: _keys_of(handling.source, session, chunk))
     whole, singles, after, place = chunk.stretch, [], chunk.stretch.after, chunk.stretch.start
-    for number, item in enumerate(items):
-        is_last = number == len(items) - 1
+    for number, key in enumerate(keys):
+        is_last = number == len(keys) - 1
         # Rows may have come since places were given: the last place is left to the last row.
         stop = whole.stop if is_last or whole.stop is None else min(place + 1, whole.stop - 1)
-        last = whole.last if is_last else _place_key(item, handling.source)
+        last = whole.last if is_last else _place_key(key, handling.source)
         values = None if chunk.values is None else (chunk.values[number],)
         singles.append(type(chunk)(Stretch(place, stop, after, last), values))
         place, after = place if stop is None else stop, last
     return singles
 
 
-def _place_key(item: Item, source: Source) -> Any:
+def _keys_of(source: Source, session: Session, chunk: Chunk) -> list[Any]:
+    return [source.key_of(value) for value in source.load(session, chunk).values]
+
+
+def _place_key(key: Any, source: Source) -> Any:
     """The key of a row as a stretch has it; None for values."""
     if source.codec is None:
         return None
-    return source.codec.write(item.key if isinstance(item.key, tuple) else (item.key,))
+    return source.codec.write(key if isinstance(key, tuple) else (key,))
 
 
 def _split(start: int, stop: int, culprit: int | None) -> list[tuple[int, int]]:
@@ -336,12 +341,16 @@ class _Chunk:
             at_every_commit(session, begun=handling.begun, committing=self._committing)
             session.connection()
             root = session.get_transaction()
-            items = handling.source.load(session, self._chunk)
-            failures = self._plain(opened, items) if mode is _Mode.PLAIN else self._in_savepoints(opened, items)
+            # The commit is the last that is done with these rows: to expire them, one by one, would be for nothing.
+            session.expire_on_commit = False
+            loaded = handling.source.load(session, self._chunk)
+            failures = self._plain(opened, loaded) if mode is _Mode.PLAIN else self._in_savepoints(opened, loaded)
             _still_in(session.get_transaction() is root)
-            settled = Settled(self._chunk.stretch, len(items) - len(failures), tuple(failures))
+            settled = Settled(self._chunk.stretch, len(loaded.values) - len(failures), tuple(failures))
             self._settled = settled
             opened.commit()
+            # What nobody holds need not be told that its session has ended.
+            loaded.values.clear()
         except BaseException as exc:
             if fault_of(exc) is Fault.STALE:
                 # The server answers, so the pool would hand the connection out again.
@@ -358,68 +367,69 @@ class _Chunk:
 
     # --- plain ------------------------------------------------------------------------------------------------
 
-    def _plain(self, opened: Opened, items: list[Item]) -> list[tuple[Any, BaseException]]:
-        for item in items:
-            if item.missing is not None:
-                raise item.missing
+    def _plain(self, opened: Opened, loaded: Loaded) -> list[tuple[Any, BaseException]]:
+        if loaded.missing:
+            raise next(iter(loaded.missing.values()))
         if self._handling.per_chunk:
-            if items:
-                self._handling.flavour.call(self._handling.handler, opened, [item.value for item in items])
+            if loaded.values:
+                self._handling.flavour.call(self._handling.handler, opened, list(loaded.values))
         else:
-            self._each(opened, items, 0, len(items))
+            self._each(opened, loaded.values, 0, len(loaded.values))
         opened.plain.flush()
         return []
 
-    def _each(self, opened: Opened, items: list[Item], start: int, stop: int) -> None:
+    def _each(self, opened: Opened, values: list[Any], start: int, stop: int) -> None:
         """Handle records one after the other, and remember at which one that ended."""
         call, handler = self._handling.flavour.call, self._handling.handler
         self._culprit = None
         for number in range(start, stop):
             self._culprit = number
-            call(handler, opened, items[number].value)
+            call(handler, opened, values[number])
         # From here on it is the flush, and nobody knows whose.
         self._culprit = None
 
     # --- record by record -------------------------------------------------------------------------------------
 
-    def _in_savepoints(self, opened: Opened, items: list[Item]) -> list[tuple[Any, BaseException]]:
+    def _in_savepoints(self, opened: Opened, loaded: Loaded) -> list[tuple[Any, BaseException]]:
         failures: list[tuple[Any, BaseException]] = []
         suspects: set[int] = set()
         # Most records of a chunk are good even where one is not: these go together, as long as they do.
-        parts = deque(self._parts(items))
+        parts = deque(self._parts(loaded))
         while parts:
             start, stop = parts.popleft()
             # Only what belongs to these: what the database answered before was judged then.
             self._seen.forget()
             if stop - start > 1:
-                failed = self._guarded(opened, partial(self._each, opened, items, start, stop))
+                failed = self._guarded(opened, partial(self._each, opened, loaded.values, start, stop))
                 parts.extendleft(reversed(_split(start, stop, self._culprit) if failed is not None else []))
                 continue
-            item = items[start]
-            error = self._verdict or item.missing or self._one(opened, item)
+            value, missing = loaded.values[start], loaded.missing.get(start)
+            key = self._handling.source.key_of(value)
+            error = self._verdict or missing or self._one(opened, value)
             if error is None:
                 continue
             if self._may_be_a_race(opened.plain, error) and start not in self._suspects:
                 suspects.add(start)
                 continue
-            self._mark(opened, item, error)
-            failures.append((item.key, error))
+            self._mark(opened, value, error)
+            failures.append((key, error))
         if suspects:
             raise _Suspects(suspects)
         return failures
 
-    def _parts(self, items: list[Item]) -> list[tuple[int, int]]:
+    def _parts(self, loaded: Loaded) -> list[tuple[int, int]]:
         """How to begin: with what is known to be bad alone, and everything alone for a handler of whole chunks."""
+        count = len(loaded.values)
         if self._handling.per_chunk or self._verdict is not None:
-            return [(number, number + 1) for number in range(len(items))]
-        bad = {number for number, item in enumerate(items) if item.missing is not None} | self._suspects
-        if self._culprit is not None and self._culprit < len(items):
+            return [(number, number + 1) for number in range(count)]
+        bad = {*loaded.missing, *self._suspects}
+        if self._culprit is not None and self._culprit < count:
             bad.add(self._culprit)
         parts, start = [], 0
         for number in sorted(bad):
             parts += [(start, number), (number, number + 1)]
             start = number + 1
-        return [part for part in (*parts, (start, len(items))) if part[0] < part[1]]
+        return [part for part in (*parts, (start, count)) if part[0] < part[1]]
 
     def _may_be_a_race(self, session: Session, error: BaseException) -> bool:
         # On SQLite nobody else writes meanwhile.
@@ -427,20 +437,19 @@ class _Chunk:
             return False
         return fault_of(error) is Fault.UNIQUE or self._seen.unique
 
-    def _one(self, opened: Opened, item: Item) -> BaseException | None:
+    def _one(self, opened: Opened, value: Any) -> BaseException | None:
         """Handle one record in a savepoint; return what it failed with."""
         handling = self._handling
-        value = [item.value] if handling.per_chunk else item.value
-        return self._guarded(opened, lambda: handling.flavour.call(handling.handler, opened, value))
+        given = [value] if handling.per_chunk else value
+        return self._guarded(opened, lambda: handling.flavour.call(handling.handler, opened, given))
 
-    def _mark(self, opened: Opened, item: Item, error: BaseException) -> None:
+    def _mark(self, opened: Opened, value: Any, error: BaseException) -> None:
         """Have ``on_error`` mark a record, in a savepoint of its own."""
         on_error = self._handling.on_error
         if on_error is None:
             return
-        if item.missing is None:
-            _refresh(opened.plain, item.value)
-        failed = self._guarded(opened, lambda: self._handling.flavour.call(on_error, opened, item.value, error))
+        _refresh(opened.plain, value)
+        failed = self._guarded(opened, lambda: self._handling.flavour.call(on_error, opened, value, error))
         if failed is not None:
             failed.add_note(
                 f"on_error itself failed, marking a record that had failed with {type(error).__name__}: the batch "

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sized
-from dataclasses import dataclass
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from sqlalchemy import ColumnElement, Select, bindparam, func, inspect, select, tuple_
 from sqlalchemy.orm import Mapper
+from sqlalchemy.orm.util import AliasedInsp
 
 from aftercommit.batches.stretches import Stretch
 from aftercommit.errors import ConfigurationError, RowGone
@@ -18,25 +19,23 @@ from aftercommit.tasks.references import KeyCodec
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
-__all__ = ["Chunk", "Item", "Source", "source_of"]
+__all__ = ["Chunk", "Loaded", "Source", "source_of"]
 
 _PAGES_AHEAD: Final = 32
 """Chunks whose keys are read with one statement."""
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
-    """One record.
+class Loaded:
+    """The records of a chunk.
 
     Attributes:
-        key: What a report calls it.
-        value: What the handler is given.
-        missing: Why there is nothing to give, or None.
+        values: What the handler is given, one after the other; the key where there is no row.
+        missing: Why there is no row, by place in *values*.
     """
 
-    key: Any
-    value: Any
-    missing: Exception | None = None
+    values: list[Any]
+    missing: Mapping[int, Exception] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +65,12 @@ class Source(Protocol):
         """
         ...
 
-    def load(self, session: Session, chunk: Chunk) -> list[Item]:
+    def load(self, session: Session, chunk: Chunk) -> Loaded:
         """The records of *chunk*, with one statement."""
+        ...
+
+    def key_of(self, value: Any) -> Any:
+        """What a report calls a record. Asked for those that fail: for all, it would cost a part of each load."""
         ...
 
     def count(self, read: Callable[[Callable[[Session], Any]], Any]) -> int | None:
@@ -82,8 +85,8 @@ def source_of(source: Any, entity: type | None, *, size: int, is_async: bool) ->
         ConfigurationError: For what cannot be a source.
     """
     if isinstance(source, Select):
-        mapper = _mapper_of(source, entity)
-        return lambda left: _Rows(source, mapper, size, left)
+        mapper, kind = _mapper_of(source, entity)
+        return lambda left: kind(source, mapper, size, left)
     if isinstance(source, AsyncIterable) and not is_async:
         raise ConfigurationError("The source is an async generator: write await db.async_run_batch(…) to read it.")
     if isinstance(source, (str, bytes)) or not isinstance(source, (Iterable, AsyncIterable)):
@@ -102,19 +105,20 @@ def _entity_mapper(entity: Any) -> Mapper[Any]:
     return mapper
 
 
-def _mapper_of(statement: Select[Any], entity: type | None) -> Mapper[Any]:
+def _mapper_of(statement: Select[Any], entity: type | None) -> tuple[Mapper[Any], type[_Rows]]:
     if entity is not None:
         raise ConfigurationError("entity= says of which class keys are; a Select says so itself. Leave it out.")
     described = statement.column_descriptions
-    if len(described) != 1 or described[0]["expr"] is not described[0].get("entity"):
-        raise ConfigurationError(
-            "A batch runs over a Select of one mapped class, whose rows the handler is given: select(Order).where(…). "
-            "To work on columns, select their keys and pass these with entity=…."
-        )
-    mapper = inspect(described[0]["expr"], raiseerr=False)
-    if not isinstance(mapper, Mapper):
+    mapper = inspect(described[0].get("entity"), raiseerr=False)
+    is_whole = len(described) == 1 and described[0]["expr"] is described[0].get("entity")
+    if isinstance(mapper, AliasedInsp):
         raise ConfigurationError(
             "A batch pages on the primary key of a mapped class, and this Select is of an alias. Select the class."
+        )
+    if not isinstance(mapper, Mapper) or not (is_whole or _is_key(described, mapper)):
+        raise ConfigurationError(
+            "A batch runs over a Select of one mapped class, whose rows the handler is given: select(Order).where(…); "
+            "or of exactly its primary key, to be given keys of rows that are not loaded: select(Order.id).where(…)."
         )
     # No public name says that a limit was set (2.0 and 2.1).
     if statement._limit_clause is not None or statement._offset_clause is not None:  # noqa: SLF001
@@ -122,7 +126,15 @@ def _mapper_of(statement: Select[Any], entity: type | None) -> Mapper[Any]:
             "This Select has a limit or an offset, which pages of a batch would count anew. Leave them out, or pass "
             "the keys: run_batch(session.scalars(…).all(), …, entity=…)."
         )
-    return mapper
+    return mapper, _Rows if is_whole else _Keys
+
+
+def _is_key(described: Sequence[Mapping[str, Any]], mapper: Mapper[Any]) -> bool:
+    """Whether a Select is of the primary key of *mapper*, each part of it, in order, and of nothing else."""
+    if any(each.get("entity") is not mapper.entity for each in described):
+        return False
+    found = [getattr(each["expr"], "property", None) for each in described]
+    return found == [mapper.get_property_by_column(column) for column in mapper.primary_key]
 
 
 # --- rows -------------------------------------------------------------------------------------------------------
@@ -141,6 +153,7 @@ class _Rows:
         self._pages: deque[Chunk] = deque()
         inner = statement.order_by(None).subquery()
         self._inner = [_inside(inner, column) for column in self._columns]
+        self._keys = select(*self._inner).order_by(*self._inner).distinct()
 
     def next(self, read: Callable[[Callable[[Session], Any]], Any], following: Callable[[Any], Any]) -> Chunk | None:  # noqa: ARG002
         """The next page."""
@@ -154,15 +167,13 @@ class _Rows:
         """Cut some pages off *gap*, and put back what is left of it."""
         wanted = self._size * _PAGES_AHEAD
         after = gap.after
-        statement = select(*self._inner).order_by(*self._inner).limit(wanted).distinct()
-        for condition in self._between(self._inner, after, gap.last):
-            statement = statement.where(condition)
-        keys = [tuple(row) for row in read(lambda session: session.execute(statement).all())]
+        statement = self._keys.where(*self._between(self._inner, after, gap.last)).limit(wanted)
+        keys = read(lambda session: session.execute(statement).all())
         place = gap.start
         for first in range(0, len(keys), self._size):
             page = keys[first : first + self._size]
             stop = place + len(page)
-            last = self._write(page[-1])
+            last = self._write(tuple(page[-1]))
             is_rest = gap.stop is not None and (stop >= gap.stop or (first + self._size >= len(keys) < wanted))
             if is_rest:
                 # A gap between two stretches: however many rows there are in it by now, its last page closes it.
@@ -174,13 +185,16 @@ class _Rows:
             # Behind the last row another may have appeared by the time we get there.
             self._left.appendleft(Stretch(place, gap.stop, after, gap.last))
 
-    def load(self, session: Session, chunk: Chunk) -> list[Item]:
+    def load(self, session: Session, chunk: Chunk) -> Loaded:
         """The rows of the page, as they are now."""
-        statement = self._statement
-        for condition in self._between(self._columns, chunk.stretch.after, chunk.stretch.last):
-            statement = statement.where(condition)
-        rows = session.scalars(statement).unique().all()
-        return [Item(_shown(inspect(row).identity), row) for row in rows]
+        return Loaded(list(session.scalars(self._of(chunk)).unique()))
+
+    def _of(self, chunk: Chunk) -> Select[Any]:
+        return self._statement.where(*self._between(self._columns, chunk.stretch.after, chunk.stretch.last))
+
+    def key_of(self, value: Any) -> Any:
+        """The row's primary key."""
+        return _shown(inspect(value).identity)
 
     def count(self, read: Callable[[Callable[[Session], Any]], Any]) -> int | None:
         """How many rows are left."""
@@ -209,6 +223,21 @@ class _Rows:
         assert self.codec is not None  # noqa: S101  # of rows, always
         values = self.codec.read(stored)
         return [bindparam(None, value, type_=column.type) for value, column in zip(values, self._columns, strict=True)]
+
+
+class _Keys(_Rows):
+    """Keys of a Select, read in pages just so: for set-based work, whose rows nobody need load."""
+
+    def load(self, session: Session, chunk: Chunk) -> Loaded:
+        """The keys of the page whose rows are there now."""
+        statement = self._keys.where(*self._between(self._inner, chunk.stretch.after, chunk.stretch.last))
+        if len(self._inner) == 1:
+            return Loaded(list(session.scalars(statement)))
+        return Loaded([tuple(row) for row in session.execute(statement)])
+
+    def key_of(self, value: Any) -> Any:
+        """The key itself."""
+        return value
 
 
 def _scalar(statement: Select[Any], session: Session) -> Any:
@@ -283,24 +312,30 @@ class _Values:
                 break
         return values
 
-    def load(self, session: Session, chunk: Chunk) -> list[Item]:
+    def load(self, session: Session, chunk: Chunk) -> Loaded:
         """The values; for keys, their rows."""
         assert chunk.values is not None  # noqa: S101  # cut above
         if self._mapper is None:
-            return [Item(value, value) for value in chunk.values]
+            return Loaded(list(chunk.values))
         return self._rows(session, self._mapper, chunk.values)
 
-    def _rows(self, session: Session, mapper: Mapper[Any], keys: tuple[Any, ...]) -> list[Item]:
+    def key_of(self, value: Any) -> Any:
+        """The row's primary key, or the value itself."""
+        if self._mapper is None or not isinstance(value, self._mapper.class_):
+            return value
+        return _shown(inspect(value).identity)
+
+    def _rows(self, session: Session, mapper: Mapper[Any], keys: tuple[Any, ...]) -> Loaded:
         columns = mapper.primary_key
         wanted = [tuple(key) if isinstance(key, (tuple, list)) else (key,) for key in keys]
         is_single = len(columns) == 1
         condition = columns[0].in_([key[0] for key in wanted]) if is_single else tuple_(*columns).in_(wanted)
         rows = session.scalars(select(mapper.class_).where(condition)).unique().all()
         found = {tuple(inspect(row).identity): row for row in rows}
-        return [
-            Item(_shown(key), found.get(key, _shown(key)), missing=None if key in found else _gone(mapper, key))
-            for key in wanted
-        ]
+        return Loaded(
+            [found.get(key, _shown(key)) for key in wanted],
+            {place: _gone(mapper, key) for place, key in enumerate(wanted) if key not in found},
+        )
 
     def count(self, read: Callable[[Callable[[Session], Any]], Any]) -> int | None:  # noqa: ARG002
         """How many are left, if the source can say."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import threading
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, get_type_hints
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar, get_type_hints, overload
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
@@ -16,9 +16,27 @@ from aftercommit.errors import HandOverError, TaskDefinitionError
 if TYPE_CHECKING:
     from aftercommit.tasks import Task
 
-__all__ = ["Handlers", "as_task_function", "check_event_type"]
+__all__ = ["Handlers", "Handles", "as_task_function", "check_event_type"]
 
 _SESSIONS = (Session, AsyncSession)
+
+S = TypeVar("S", bound=Session)
+A = TypeVar("A", bound=AsyncSession)
+E = TypeVar("E")
+R = TypeVar("R")
+
+
+class Handles(Protocol[E]):
+    """What ``@db.on(E)`` returns, for type checkers: it takes a handler of ``(session, event)`` or ``(event)``."""
+
+    @overload
+    def __call__(self, function: Callable[[A, E], Coroutine[Any, Any, R]], /) -> Task[[E], R]: ...
+    @overload
+    def __call__(self, function: Callable[[S, E], R], /) -> Task[[E], R]: ...
+    @overload
+    def __call__(self, function: Callable[[E], Coroutine[Any, Any, R]], /) -> Task[[E], R]: ...
+    @overload
+    def __call__(self, function: Callable[[E], R], /) -> Task[[E], R]: ...
 
 
 class Handlers:
