@@ -8,7 +8,7 @@ PROJECTS := $(wildcard pyproject.toml checker/pyproject.toml)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test oldest hazards bench soak lint format types chromium clean
+.PHONY: help demo test oldest hazards bench bulkhead soak lint format types chromium clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -28,6 +28,9 @@ hazards: $(READY) ## Show what people write today, and the same with aftercommit
 
 bench: $(READY) ## Measure what a request with one task costs, beside the hand-written one
 	$(PY) -m benchmarks.overhead $(ARGS)
+
+bulkhead: $(READY) ## Measure whether busy tasks slow the requests, beside the hand-written ones
+	$(PY) -m benchmarks.bulkhead $(ARGS)
 
 soak: $(READY) ## Kill, freeze and cut off workers at random, for minutes (ARGS="--seconds 600 --seed 7")
 	$(PY) -m benchmarks.soak $(ARGS)
