@@ -8,7 +8,7 @@ PROJECTS := $(wildcard pyproject.toml checker/pyproject.toml)
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test oldest hazards bench queue batch events soak lint format types chromium clean
+.PHONY: help demo test oldest hazards bench queue batch events bulkhead soak lint format types chromium clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,9 @@ batch: $(READY) ## Measure batches beside the loop that people write and one UPD
 
 events: $(VENV)/.bench ## Measure events and ways to count, beside an outbox by hand and faststream-outbox
 	$(PY) -m benchmarks.events $(ARGS)
+
+bulkhead: $(READY) ## Measure whether busy tasks slow the requests, beside the hand-written ones
+	$(PY) -m benchmarks.bulkhead $(ARGS)
 
 soak: $(READY) ## Kill, freeze and cut off workers at random, for minutes (ARGS="--seconds 600 --seed 7")
 	$(PY) -m benchmarks.soak $(ARGS)

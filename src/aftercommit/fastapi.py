@@ -42,7 +42,7 @@ from starlette.responses import JSONResponse, Response
 from aftercommit.errors import ConfigurationError, HandOverError, PoolExhausted
 from aftercommit.events import EventHandle
 from aftercommit.pools.pools import REQUEST
-from aftercommit.sessions import AsyncScope, Owner, Scope, serving, shielded
+from aftercommit.sessions import AsyncScope, Owner, Scope, line_of, serving, shielded
 from aftercommit.tasks.transient import Fault, fault_of, is_disconnect, met_in_commit
 
 if TYPE_CHECKING:
@@ -406,7 +406,8 @@ async def _place(connection: HTTPConnection) -> AsyncIterator[None]:
 def _owner(connection: HTTPConnection) -> Owner:
     if connection.scope["type"] == "websocket":
         raise ConfigurationError(f"WebSocket {connection.scope['path']}: {_NOT_IN_WEBSOCKETS}")
-    return Owner(f"{connection.scope['method']} {connection.scope['path']}", kind="request")
+    scope = connection.scope
+    return Owner(f"{scope['method']} {scope['path']}", line_of(scope.get("endpoint")), kind="request")
 
 
 def _enter(connection: HTTPConnection, db: Database, scope: Scope | AsyncScope) -> _Request:
@@ -591,8 +592,9 @@ class _AfterRequest(AfterCommit):
         """The request's session; one for the tasks alone where the endpoint has none."""
         if self.is_over:
             raise HandOverError(
-                f"{_owner(self._connection)} has ended, and with it the transaction that a task could wait for. This "
-                "is a streaming response, a background task of Starlette's, or a variable that outlived the request. "
+                f"{_owner(self._connection).name} has ended, and with it the transaction that a task could wait for. "
+                "This is a streaming response, a background task of Starlette's, or a variable that outlived the "
+                "request. "
                 "Open a session here: with db.session() as session: db.after_commit(session, task, …)."
             )
         if self._request.scope is not None:

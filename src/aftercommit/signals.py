@@ -313,7 +313,8 @@ class ConnectionHeld(Signal):
 
     Attributes:
         pool: The pool it belongs to.
-        owner: Who has it: a request line, a task with its attempt, or a line of code.
+        owner: Who has it: a request line with its endpoint, a task with attempt, id and function, or a line of the
+            user's own code; frames of libraries are left out.
         seconds: For how long so far.
         idle: Seconds for which its transaction has been open with nothing running in it; None while a statement runs.
         locked: Whether it holds SQLite's write lock.

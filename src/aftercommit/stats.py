@@ -43,7 +43,8 @@ class Holder:
             and outside a transaction.
         locked: Whether it holds SQLite's write lock.
         statement: The statement that was run last, without its values; None before the first.
-        line: Where the session was opened, as ``"file:line in function"``; None where that is not known.
+        line: Where the session was opened, or where the endpoint or the task is defined, as ``"file:line in
+            function"``; None where that is not known.
         task_id: The id of the task's record.
         attempt: The task's attempt; 1 is the first.
     """
@@ -215,7 +216,7 @@ def _pool(pool: Pool, lane: Lane | None, *, running: int, backlog: int) -> PoolS
 
 def _holder(hold: Hold, now: float) -> Holder:
     owner, idle_since, statement = hold.owner, hold.idle_since, hold.statement
-    who = owner if isinstance(owner, Owner) else Owner(str(owner))
+    who = owner if isinstance(owner, Owner) else Owner(str(owner), hold.line)
     return Holder(
         owner=who.name,
         kind=who.kind,

@@ -12,14 +12,17 @@ import sqlalchemy.exc
 from fastapi import FastAPI
 from fastapi.responses import PlainTextResponse
 from sqlalchemy import text
+from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from aftercommit import Database, PoolSettings, signals
 from aftercommit.errors import PoolExhausted
-from aftercommit.fastapi import SessionDep, install
+from aftercommit.fastapi import AsyncSessionDep, SessionDep, install
 from tests.support.databases import DatabaseUnderTest
 from tests.support.servers import serve
+from tests.support.workshop import Workshop
 
+sync_drivers = pytest.mark.drivers("psycopg", "pysqlite")
 Told = queue.SimpleQueue[signals.Signal]
 
 
@@ -210,6 +213,199 @@ def test_a_task_may_hold_its_connection_for_its_timeout(database: DatabaseUnderT
     rest = [told.get() for _ in range(told.qsize())]
     assert not any("patient" in each.owner for each in rest if isinstance(each, signals.ConnectionHeld))
     db.dispose()
+
+
+# --- by whom, and where ------------------------------------------------------------------------------------------
+
+
+def report(db: Database, told: Told) -> signals.ConnectionHeld:
+    """What a round of the watchman says now, of the one connection that is held."""
+    db.sessions.pools.report_late()
+    signal = told.get_nowait()
+    assert isinstance(signal, signals.ConnectionHeld)
+    assert told.empty()
+    return signal
+
+
+@sync_drivers
+def test_it_is_told_once_and_once_more_when_it_comes_back(database: DatabaseUnderTest, told: Told) -> None:
+    """However many rounds pass, one report is made of one hold; the next hold of the connection is a new one."""
+    db = Database(database.url, pool=PoolSettings(1, 0, warn_after=1e-9))
+
+    for _ in range(2):
+        with db.session() as session:
+            session.execute(text("SELECT 1"))
+            held = report(db, told)
+            for _ in range(3):
+                db.sessions.pools.report_late()
+            assert told.empty()
+        returned = told.get_nowait()
+
+        assert isinstance(returned, signals.ConnectionReturned)
+        assert (returned.pool, returned.owner) == (held.pool, held.owner)
+        assert returned.seconds >= held.seconds
+        db.sessions.pools.report_late()
+        assert told.empty()
+    db.dispose()
+
+
+@sync_drivers
+def test_what_is_returned_in_time_is_not_spoken_of(database: DatabaseUnderTest, told: Told) -> None:
+    """A connection that is held for less than ``warn_after`` is reported neither then nor when it comes back."""
+    db = Database(database.url)
+
+    with db.session() as session:
+        session.execute(text("SELECT 1"))
+        db.sessions.pools.report_late()
+    db.sessions.pools.report_late()
+
+    assert told.empty()
+    db.dispose()
+
+
+@sync_drivers
+def test_a_connection_taken_from_the_engine_names_its_line(database: DatabaseUnderTest, told: Told) -> None:
+    """Whoever takes a connection by hand is named by the line that did it."""
+    db = Database(database.url, pool=PoolSettings(1, 0, warn_after=1e-9))
+
+    with db.engine().connect():
+        held = report(db, told)
+        (holder,) = db.stats().pools["request"].holders
+
+    line = test_a_connection_taken_from_the_engine_names_its_line.__name__
+    assert held.owner.startswith("code that took it from the engine (")
+    assert f" in {line})" in held.owner
+    assert "test_holders.py:" in held.owner
+    assert (holder.kind, holder.owner) == ("code", "code that took it from the engine")
+    assert str(holder.line).endswith(f" in {line}")
+    db.dispose()
+
+
+@pytest.mark.drivers("asyncpg", "aiosqlite")
+def test_an_async_connection_taken_from_the_engine_names_its_line(database: DatabaseUnderTest, told: Told) -> None:
+    """The line is found from behind SQLAlchemy's greenlet, too."""
+    db = Database(database.url, pool=PoolSettings(1, 0, warn_after=1e-9))
+
+    async def take_it() -> signals.ConnectionHeld:
+        async with db.async_engine().connect():
+            held = report(db, told)
+        await db.async_dispose()
+        return held
+
+    assert " in take_it)" in asyncio.run(take_it()).owner
+
+
+@sync_drivers
+def test_a_session_of_the_application_s_own_names_its_line(database: DatabaseUnderTest, told: Told) -> None:
+    """A session that was made by hand on one of our engines is named by the line that first used it."""
+    db = Database(database.url, pool=PoolSettings(1, 0, warn_after=1e-9))
+
+    with Session(db.engine()) as session:
+        session.execute(text("SELECT 1"))
+        held = report(db, told)
+
+    assert held.owner.startswith("a session of the application's own (")
+    assert "in test_a_session_of_the_application_s_own_names_its_line)" in held.owner
+    db.dispose()
+
+
+@pytest.mark.drivers("asyncpg", "aiosqlite")
+def test_an_async_session_of_the_application_s_own_names_its_line(database: DatabaseUnderTest, told: Told) -> None:
+    """The same for an ``AsyncSession``."""
+    db = Database(database.url, pool=PoolSettings(1, 0, warn_after=1e-9))
+
+    async def use_it() -> signals.ConnectionHeld:
+        async with AsyncSession(db.async_engine()) as session:
+            await session.execute(text("SELECT 1"))
+            held = report(db, told)
+        await db.async_dispose()
+        return held
+
+    assert " in use_it)" in asyncio.run(use_it()).owner
+
+
+def test_a_request_is_named_with_its_endpoint(database: DatabaseUnderTest, told: Told) -> None:
+    """A request that holds a connection is named by its line and by the endpoint's place in the source."""
+    db = Database(database.url, pool=PoolSettings(1, 0, warn_after=1e-9))
+    app = FastAPI()
+    install(app, db, runs=(), create_tables=True)
+
+    def slow_report(session: SessionDep) -> str:
+        session.execute(text("SELECT 1"))
+        return held_owner()
+
+    async def slow_async_report(session: AsyncSessionDep) -> str:
+        await session.execute(text("SELECT 1"))
+        return held_owner()
+
+    def held_owner() -> str:
+        # The watchman makes his own rounds, too: whoever comes first tells of it.
+        db.sessions.pools.report_late()
+        signal = told.get(timeout=30)
+        assert isinstance(signal, signals.ConnectionHeld)
+        return signal.owner
+
+    app.get("/report")(slow_async_report if database.is_async else slow_report)
+    with serve(app) as url:
+        owner = httpx.get(f"{url}/report").json()
+
+    name = "slow_async_report" if database.is_async else "slow_report"
+    assert owner.startswith("GET /report (")
+    assert owner.endswith(f" in {name})")
+    assert "test_holders.py:" in owner
+
+
+def test_a_task_that_waits_with_its_connection_is_told_to_commit(
+    database: DatabaseUnderTest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The log names task, attempt, id and the function's place, the last statement, and says to commit first."""
+    shop = Workshop(database, pools={"slow": PoolSettings(pool_size=1, warn_after=1e-9)})
+
+    @shop.task(pool="slow")
+    def calls_somebody(session: Session, label: str) -> None:
+        session.execute(text("SELECT 42"))
+        # What follows stands for a call over the network.
+        with caplog.at_level(logging.WARNING, "aftercommit.pools"):
+            shop.db.sessions.pools.report_late()
+
+    with shop.running():
+        id = shop.ask(calls_somebody)
+        shop.drain()
+    shop.close()
+
+    (line,) = [each.getMessage() for each in caplog.records if "has been held" in each.getMessage()]
+    assert f"task 'calls_somebody', attempt 1, id {id} (" in line
+    assert "workshop.py:" in line
+    assert "its last statement is 'SELECT 42'" in line
+    assert "the transaction is idle. Commit before slow work outside the database" in line
+
+
+@pytest.mark.drivers("psycopg")
+def test_a_statement_that_takes_long_is_not_called_idle(database: DatabaseUnderTest, told: Told) -> None:
+    """While a statement runs, here waiting for a lock, it is named, and nobody is told to commit."""
+    db = Database(database.url, pool=PoolSettings(2, 0, warn_after=1e-9))
+    waiting = "SELECT pg_advisory_xact_lock(7)"
+
+    def wait() -> None:
+        with db.session() as session:
+            session.execute(text(waiting))
+
+    with db.session() as first:
+        first.execute(text(waiting))
+        thread = threading.Thread(target=wait)
+        thread.start()
+        while not first.scalar(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")):
+            assert thread.is_alive()
+        db.sessions.pools.report_late()
+        both = [told.get_nowait(), told.get_nowait()]
+    thread.join(30)
+
+    (busy,) = [each for each in both if isinstance(each, signals.ConnectionHeld) and each.idle is None]
+    assert busy.statement == waiting
+    db.dispose()
+
+
+# --- in FastAPI ---------------------------------------------------------------------------------------------------
 
 
 def application(db: Database) -> FastAPI:

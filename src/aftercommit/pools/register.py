@@ -13,6 +13,7 @@ from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
 from aftercommit import signals
 from aftercommit.errors import PoolExhausted
+from aftercommit.pools.lines import opening_line
 from aftercommit.pools.standstill import Flow, stop_waiting, this_flow, wait_for, waiting_among
 from aftercommit.pools.timing import Meter
 
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection, Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection
+
+    from aftercommit.pools.lines import Line
 
 __all__ = [
     "AsyncExplainingPool",
@@ -49,7 +52,8 @@ class Hold:
 
     Attributes:
         since: When it was taken.
-        owner: Who has it; its text says so.
+        owner: Who has it; its text says so, with the line where that is known.
+        line: Where it was taken from the engine by hand; None where it was not.
         allowed: Seconds that its owner may take, where that is known (a task's ``timeout``).
         statement: The statement that was run last.
         idle_since: When that one was done, while its transaction is open; None during a statement.
@@ -60,6 +64,7 @@ class Hold:
 
     since: float
     owner: object = "code that took it from the engine"
+    line: Line | None = None
     allowed: float | None = None
     statement: str | None = None
     idle_since: float | None = None
@@ -67,9 +72,14 @@ class Hold:
     reported: bool = False
     is_returned: bool = False
 
+    @property
+    def holder(self) -> str:
+        """Who has it, and the line that took it."""
+        return str(self.owner) if self.line is None else f"{self.owner} ({self.line})"
+
     def describe(self, now: float) -> str:
         """Say who, for how long, and what it is doing."""
-        text = f"{self.owner}, for {now - self.since:.1f} s"
+        text = f"{self.holder}, for {now - self.since:.1f} s"
         idle = self.idle_since
         if idle is not None and now - idle >= 0.1:  # noqa: PLR2004  # less is the pause between two statements
             text += f", idle in its transaction for {now - idle:.1f} s"
@@ -182,13 +192,13 @@ class Register:
             idle = None if hold.idle_since is None else now - hold.idle_since
             signals.emit(
                 signals.ConnectionHeld(
-                    pool=self.pool, owner=str(hold.owner), seconds=now - hold.since, idle=idle, locked=locked,
+                    pool=self.pool, owner=hold.holder, seconds=now - hold.since, idle=idle, locked=locked,
                     statement=None if hold.statement is None else shortened(hold.statement),
                 )
             )  # fmt: skip
 
     def _taken(self, _connection: DBAPIConnection, record: Any, _proxy: Any) -> None:
-        hold = Hold(time.monotonic())
+        hold = Hold(time.monotonic(), line=opening_line())
         record.record_info[_HOLD] = hold
         self._holds[record] = hold
 
@@ -200,7 +210,7 @@ class Register:
         hold.is_returned = True
         if hold.reported:
             seconds = time.monotonic() - hold.since
-            signals.emit(signals.ConnectionReturned(pool=self.pool, owner=str(hold.owner), seconds=seconds))
+            signals.emit(signals.ConnectionReturned(pool=self.pool, owner=hold.holder, seconds=seconds))
         if signals.wanted(signals.ConnectionUsed):
             # What is left to the garbage collector comes back at any moment, in the middle of a subscriber holding a
             # lock of its own: sessions of requests and tasks are always ended.
@@ -333,6 +343,7 @@ def name_holder(connection: Connection, owner: object, allowed: float | None) ->
     hold = hold_of(connection)
     if hold is not None:
         hold.owner = owner
+        hold.line = None
         hold.allowed = allowed
 
 

@@ -106,7 +106,10 @@ class Run:
     @property
     def owner(self) -> Owner:
         """Who its session belongs to."""
-        return Owner(self.name, kind="task", allowed=self.task.settings.timeout, task_id=self.id, attempt=self.attempt)
+        task = self.task
+        return Owner(
+            task.name, task.line, kind="task", allowed=task.settings.timeout, task_id=self.id, attempt=self.attempt
+        )
 
     @property
     def seconds(self) -> float:

@@ -3,7 +3,7 @@
 from aftercommit.sessions.ended import end_for_good
 from aftercommit.sessions.factory import SessionFactory
 from aftercommit.sessions.ledger import Entry, Sink, watch
-from aftercommit.sessions.owner import Line, Owner, owner_of, serving, user_line
+from aftercommit.sessions.owner import Line, Owner, line_of, owner_of, serving, user_line
 from aftercommit.sessions.scopes import AsyncScope, Scope, shielded
 from aftercommit.sessions.waiting import (
     at_every_commit,
@@ -26,6 +26,7 @@ __all__ = [
     "autocommits",
     "end_for_good",
     "has_begun",
+    "line_of",
     "owner_of",
     "serving",
     "shielded",

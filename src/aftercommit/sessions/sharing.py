@@ -25,7 +25,8 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from aftercommit.errors import SessionShared
-from aftercommit.sessions.owner import Line, Owner, is_ours, is_users
+from aftercommit.pools.lines import Line, is_machinery, is_users
+from aftercommit.sessions.owner import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -330,7 +331,7 @@ def _line_of(user: Any) -> Line | None:
     is_inside = True
     for frame in frames:
         # Innermost are the driver's, which we cannot know, or those of a listener; then SQLAlchemy's and ours.
-        is_inside = is_inside and not is_ours(frame.f_code.co_filename)
+        is_inside = is_inside and not is_machinery(frame.f_code.co_filename)
         if not is_inside and is_users(frame.f_code.co_filename):
             return Line(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
     return None

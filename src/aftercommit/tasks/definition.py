@@ -14,6 +14,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from aftercommit.errors import ConfigurationError, TaskDefinitionError
+from aftercommit.pools.lines import line_of
 from aftercommit.tasks.figures import TaskFigures
 from aftercommit.tasks.options import Options
 
@@ -68,6 +69,7 @@ class Task(Generic[P, R_co]):
         is_async: Whether it runs on the event loop.
         database: The ``Database`` that it belongs to.
         figures: What became of its runs in this process; ``db.stats()`` shows it.
+        line: Where the function is defined.
     """
 
     def __init__(
@@ -86,6 +88,7 @@ class Task(Generic[P, R_co]):
         self.options = options or Options()
         self.is_async = inspect.iscoroutinefunction(function)
         self.figures = TaskFigures()
+        self.line = line_of(function)
         self.__doc__ = function.__doc__
         self.__module__ = function.__module__
         self.__name__ = function.__name__

@@ -1,0 +1,64 @@
+"""Which line is the user's own: the frames of libraries are left out, and nobody else's."""
+
+import contextlib
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import fastapi
+import pytest
+import sqlalchemy
+
+from aftercommit.pools.lines import Line, line_of, user_line
+
+SOURCE = """
+def ask(look):
+    return look()
+"""
+
+
+def asked_from(file: str) -> Line | None:
+    """The line that is found when a function of *file* asks."""
+    space: dict[str, Any] = {}
+    exec(compile(SOURCE, file, "exec"), space)
+    return space["ask"](user_line)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "file",
+    ["/srv/fastapi/main.py", "/home/me/asyncio/app.py", "/app/starlette/jobs.py", "/srv/sqlalchemy-shop/threading.py"],
+)
+def test_a_project_may_be_called_like_a_library(file: str) -> None:
+    """A project is told from a library by where it lies, and not by what its directories are called."""
+    assert asked_from(file) == Line(file, 3, "ask")
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        str(Path(fastapi.__file__).parent / "routing.py"),
+        str(Path(sqlalchemy.__file__).parent / "orm" / "session.py"),
+        str(contextlib.__file__),
+        "<string>",
+    ],
+)
+def test_frames_of_libraries_are_left_out(file: str) -> None:
+    """The line behind them is the one that the reader can change."""
+    line = asked_from(file)
+
+    assert line is not None
+    assert (line.file, line.function) == (__file__, "asked_from")
+
+
+def test_a_function_is_found_behind_its_decorators() -> None:
+    """The place of a wrapped function is its own; what has no source has no place."""
+
+    def inner() -> None: ...
+
+    @wraps(inner)
+    def outer() -> None:
+        inner()
+
+    assert line_of(outer) == Line(__file__, inner.__code__.co_firstlineno, "inner")
+    assert line_of(len) is None
+    assert line_of(None) is None
