@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -768,6 +769,8 @@ def test_a_session_with_several_binds_writes_where_our_table_is_bound(
 def test_nothing_is_kept_after_many_hand_overs(stand: Stand, engine: Engine):
     """After a thousand hand-overs, committed, rolled back, joined and failed, nothing of them is left."""
     kept: weakref.WeakSet[Any] = weakref.WeakSet()
+    # What other tests have left to their threads is not ours to judge.
+    before = alive()
 
     def body() -> None:
         with engine.connect() as connection:
@@ -791,11 +794,24 @@ def test_nothing_is_kept_after_many_hand_overs(stand: Stand, engine: Engine):
 
     stand.run(body)
     stand.handed_over.clear()
-    gc.collect()
 
-    ours = [each for each in gc.get_objects() if isinstance(each, (Item, Track, Ledger, Wanted, SessionTransaction))]
-    assert ours == []
-    assert list(kept) == []
+    # A driver's thread lets go of what it did last when it gets its turn, which on a busy machine takes a moment.
+    deadline = time.monotonic() + 30
+    while (left := (newly(before), list(kept))) != ([], []):
+        assert time.monotonic() < deadline, left
+        del left
+
+
+def alive() -> list[Any]:
+    """All that a hand-over is made of, of whatever test."""
+    gc.collect()
+    return [each for each in gc.get_objects() if isinstance(each, (Item, Track, Ledger, Wanted, SessionTransaction))]
+
+
+def newly(before: list[Any]) -> list[Any]:
+    """The same, without what was there *before*."""
+    known = {id(each) for each in before}
+    return [each for each in alive() if id(each) not in known]
 
 
 def test_a_session_that_was_never_asked_is_left_alone(stand: Stand, engine: Engine):

@@ -37,6 +37,7 @@ class Variant:
     """
 
     reconciles = True
+    writes_with_the_asker = True
 
     def first(self, claim: Claim) -> list[Stage]:
         """One transaction: the effect, and the fenced checkpoint."""
@@ -129,6 +130,12 @@ class NoReconciliation(Variant):
     reconciles = False
 
 
+class WrittenApart(Variant):
+    """The task is written in a transaction of its own, as into a broker: the asker's may still be rolled back."""
+
+    writes_with_the_asker = False
+
+
 def _id(connection: Connection, id: UUID) -> Any:
     return id.hex if connection.dialect.name == "sqlite" else id
 
@@ -213,6 +220,8 @@ class Machine(RuleBasedStateMachine):
         )  # fmt: skip
         with self.transaction() as connection:
             written = writing.insert(connection, [task])
+            if not self.variant.writes_with_the_asker:
+                connection.commit()
             if outcome == "roll back":
                 connection.rollback()
         if outcome == "roll back" or id not in written:
@@ -226,10 +235,12 @@ class Machine(RuleBasedStateMachine):
 
     @rule(number=WORKERS, count=st.integers(1, 3))
     def claim(self, number: int, count: int) -> None:
-        """A worker takes what is due."""
+        """A worker takes what is due, as from a queue that nothing stands in the way of, and as from a crowded one."""
         worker = self.workers[number]
         with self.transaction() as connection:
-            claimed = moves.claim(connection, pool="default", names=NAMES, worker=worker.id, count=count)
+            claimed = moves.claim(
+                connection, pool="default", names=NAMES, worker=worker.id, count=count, crowded=count == 2
+            )
         for each in claimed:
             # A process never runs one record twice at a time: the old run has been told, and is on its way out.
             self.drop(worker, each.claim.id)
