@@ -324,7 +324,7 @@ def test_both_flavours_in_one_request_are_refused(db: Database, caplog: pytest.L
         response = httpx.get(url)
 
     assert response.status_code == 500
-    assert "GET /: this request asks for a Session and an AsyncSession of the same database" in caplog.text
+    assert "this request asks for a Session and an AsyncSession of the same database" in caplog.text
 
 
 def test_two_sessions_of_one_flavour_are_refused(db: Database, caplog: pytest.LogCaptureFixture):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 import time
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
@@ -110,8 +111,8 @@ def _check_sqlite(connection: Connection) -> list[Finding]:
         )
     try:
         _try_to_write(connection)
-    except SQLAlchemyError as exc:
-        reason = str(getattr(exc, "orig", None) or exc)
+    except sqlite3.Error as exc:
+        reason = str(exc)
         is_busy = "locked" in reason
         findings.append(
             Finding(
@@ -131,14 +132,22 @@ def _check_sqlite(connection: Connection) -> list[Finding]:
 
 
 def _try_to_write(connection: Connection) -> None:
-    """Take the lock and write what stands there already, in a transaction that is rolled back."""
-    version = connection.exec_driver_sql("PRAGMA user_version").scalar()
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    """Take the lock and write what stands there already, in a transaction that is rolled back.
+
+    By the driver: a connection that refuses to write is dropped otherwise, and there is more to be asked.
+    """
+    cursor = connection.connection.cursor()
     try:
-        # The lock alone is given to those as well who may not write.
-        connection.exec_driver_sql(f"PRAGMA user_version = {version}")
+        cursor.execute("PRAGMA user_version")
+        [version] = cursor.fetchone() or (0,)
+        cursor.execute("BEGIN IMMEDIATE")
+        try:
+            # The lock alone is given to those as well who may not write.
+            cursor.execute(f"PRAGMA user_version = {version}")
+        finally:
+            cursor.execute("ROLLBACK")
     finally:
-        connection.exec_driver_sql("ROLLBACK")
+        cursor.close()
 
 
 def _check_tables(connection: Connection, where: str, *, has_durable: bool, is_sqlite: bool) -> tuple[Finding, bool]:
