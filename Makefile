@@ -6,6 +6,8 @@ PY := $(VENV)/bin/python
 READY := $(VENV)/.ready
 PROJECTS := $(wildcard pyproject.toml checker/pyproject.toml)
 ARGS ?=
+# Most tests wait for a server or a child process, so three at a time keep two cores busy.
+SIDE_BY_SIDE := --numprocesses=3 --dist=worksteal
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test oldest hazards bench queue batch events bulkhead soak lint format types chromium clean
@@ -17,11 +19,11 @@ demo: $(READY) ## Run the demo: upload a CSV of orders, watch it being processed
 	$(PY) examples/orders/main.py $(ARGS)
 
 test: $(READY) chromium ## Run all tests (ARGS="-k name" for some)
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
 oldest: pyproject.toml ## Run the tests on the oldest versions that are supported
 	@$(MAKE) --no-print-directory VENV=$(VENV)-oldest chromium $(VENV)-oldest/.lowered
-	$(VENV)-oldest/bin/python -m pytest --ignore=tests/typing --ignore=checker $(ARGS)
+	$(VENV)-oldest/bin/python -m pytest $(SIDE_BY_SIDE) --ignore=tests/typing --ignore=checker $(ARGS)
 
 hazards: $(READY) ## Show what people write today, and the same with aftercommit
 	$(PY) -m hazards $(ARGS)

@@ -85,6 +85,8 @@ def pytest_runtest_makereport(
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """In CI nothing may be left out: there, a skipped test is a failed one."""
     report = yield
+    # What a test has logged may be no text that can be written, and goes to another process where tests run in several.
+    report.sections = [(name, said.encode("utf-8", "backslashreplace").decode()) for name, said in report.sections]
     if report.skipped and not hasattr(report, "wasxfail") and browser.is_ci():
         report.outcome = "failed"
         report.longrepr = f"left out, and CI=true allows that to no test: {report.longrepr}"

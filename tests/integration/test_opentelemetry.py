@@ -31,7 +31,7 @@ from aftercommit.monitoring.opentelemetry import instrument, uninstrument
 from aftercommit.testing import replace
 from tests.support.databases import DatabaseUnderTest
 from tests.support.servers import serve
-from tests.support.workshop import TIMEOUT, Effect, Heard, Workshop
+from tests.support.workshop import TIMEOUT, Effect, Heard, Workshop, async_held_elsewhere, held_elsewhere
 
 
 class Telemetry:
@@ -446,23 +446,23 @@ def test_connections_are_measured_by_the_conventions(database: DatabaseUnderTest
     db = Database(database.url, pools={"request": narrow})
     request = {"db_client_connection_pool_name": "request", "db_namespace": database.url.rpartition("/")[2]}
 
+    def used_now() -> float:
+        return telemetry.total("db.client.connection.count", db_client_connection_state="used", **request)
+
     async def hold_all_and_wait() -> float:
-        async with db.async_session() as one, db.async_session() as two, db.async_session() as three:
-            await one.connection()
-            await two.connection()
-            used = telemetry.total("db.client.connection.count", db_client_connection_state="used", **request)
+        engine = db.async_engine()
+        async with await async_held_elsewhere(engine), await async_held_elsewhere(engine), db.async_session() as third:
+            used = used_now()
             with pytest.raises(PoolExhausted):
-                await three.connection()
+                await third.connection()
         await db.async_dispose()
         return used
 
     def hold_and_wait() -> float:
-        with db.session() as one, db.session() as two, db.session() as three:
-            one.connection()
-            two.connection()
-            used = telemetry.total("db.client.connection.count", db_client_connection_state="used", **request)
+        with held_elsewhere(db.engine()), held_elsewhere(db.engine()), db.session() as third:
+            used = used_now()
             with pytest.raises(PoolExhausted):
-                three.connection()
+                third.connection()
         return used
 
     with telemetry.on(db):

@@ -11,7 +11,7 @@ from sqlalchemy.orm import Session
 from aftercommit import PoolSettings, Retry, current_run, signals
 from aftercommit.errors import PoolExhausted
 from tests.support.databases import DatabaseUnderTest
-from tests.support.workshop import TIMEOUT, Effect, Heard, Workshop
+from tests.support.workshop import TIMEOUT, Effect, Heard, Workshop, async_held_elsewhere, held_elsewhere
 
 sync_drivers = pytest.mark.drivers("psycopg", "pysqlite")
 
@@ -202,20 +202,21 @@ def test_a_pool_that_runs_dry_is_told(database: DatabaseUnderTest, heard: Heard)
     shop = Workshop(database, pools={"request": narrow})
     with shop.running():
         with pytest.raises(PoolExhausted):
-            shop.commit(lambda session: (session.connection(), shop.commit(lambda other: other.connection()))) if (
-                not shop.is_async
-            ) else shop.on_loop(_two_at_once(shop))
+            shop.on_loop(_wait(shop)) if shop.is_async else _wait_in_thread(shop)
         shop.drain()
     shop.close()
 
     assert heard.of(signals.PoolRanDry) == [signals.PoolRanDry(pool="request", seconds=0.05, held=1, waiting=0)]
 
 
-async def _two_at_once(shop: Workshop) -> None:
-    async with shop.db.async_session() as one:
-        await one.connection()
-        async with shop.db.async_session() as another:
-            await another.connection()
+def _wait_in_thread(shop: Workshop) -> None:
+    with held_elsewhere(shop.db.engine()), shop.db.session() as another:
+        another.connection()
+
+
+async def _wait(shop: Workshop) -> None:
+    async with await async_held_elsewhere(shop.db.async_engine()), shop.db.async_session() as another:
+        await another.connection()
 
 
 # --- subscribers --------------------------------------------------------------------------------------------------

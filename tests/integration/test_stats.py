@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from aftercommit import Database, PoolSettings, Retry, Stats, Timing, signals
 from aftercommit.errors import PoolExhausted
 from tests.support.databases import DatabaseUnderTest
-from tests.support.workshop import TIMEOUT, Counter, Effect, Heard, Workshop
+from tests.support.workshop import TIMEOUT, Counter, Effect, Heard, Workshop, held_elsewhere
 
 postgres_drivers = pytest.mark.drivers("psycopg", "asyncpg")
 sync_drivers = pytest.mark.drivers("psycopg", "pysqlite")
@@ -129,10 +129,8 @@ def test_those_who_wait_are_measured(database: DatabaseUnderTest) -> None:
         since = time.monotonic()
         until = time.monotonic()
     waiter.join(TIMEOUT)
-    with hasty.session() as first, hasty.session() as second:
-        first.execute(sa.text("SELECT 1"))
-        with pytest.raises(PoolExhausted):
-            second.execute(sa.text("SELECT 2"))
+    with held_elsewhere(hasty.engine()), hasty.session() as second, pytest.raises(PoolExhausted):
+        second.execute(sa.text("SELECT 2"))
 
     served, refused = db.stats().pools["request"], hasty.stats().pools["request"]
     assert (counted, served.waiting, served.exhausted, served.waits.count) == (1, 0, 0, 1)

@@ -3,12 +3,13 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
 from uuid import UUID
 
 import sqlalchemy as sa
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from aftercommit import Database, Task, TaskRecord, signals
@@ -69,6 +70,21 @@ class Heard:
             found = self._changed.wait_for(lambda: sum(isinstance(each, kind) for each in self._all) >= count, timeout)
             assert found, f"no {count} {kind.__name__} in {timeout} s, only {self._all}"
         return self.of(kind)[count - 1]
+
+
+def held_elsewhere(engine: sa.Engine) -> sa.Connection:
+    """A connection that another thread has taken: whoever wants one, too, waits for it."""
+    with ThreadPoolExecutor(1) as other:
+        return other.submit(engine.connect).result(TIMEOUT)
+
+
+async def async_held_elsewhere(engine: AsyncEngine) -> AsyncConnection:
+    """A connection that another asyncio task has taken: whoever wants one, too, waits for it."""
+
+    async def take() -> AsyncConnection:
+        return await engine.connect()
+
+    return await asyncio.create_task(take())
 
 
 class Workshop:
