@@ -451,7 +451,7 @@ def test_connections_are_measured_by_the_conventions(database: DatabaseUnderTest
 
     async def hold_all_and_wait() -> float:
         engine = db.async_engine()
-        async with await async_held_elsewhere(engine), await async_held_elsewhere(engine), db.async_session() as third:
+        async with async_held_elsewhere(engine), async_held_elsewhere(engine), db.async_session() as third:
             used = used_now()
             with pytest.raises(PoolExhausted):
                 await third.connection()

@@ -215,7 +215,7 @@ def _wait_in_thread(shop: Workshop) -> None:
 
 
 async def _wait(shop: Workshop) -> None:
-    async with await async_held_elsewhere(shop.db.async_engine()), shop.db.async_session() as another:
+    async with async_held_elsewhere(shop.db.async_engine()), shop.db.async_session() as another:
         await another.connection()
 
 

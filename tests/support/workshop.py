@@ -2,9 +2,9 @@
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Self, TypeVar
 from uuid import UUID
 
@@ -78,13 +78,18 @@ def held_elsewhere(engine: sa.Engine) -> sa.Connection:
         return other.submit(engine.connect).result(TIMEOUT)
 
 
-async def async_held_elsewhere(engine: AsyncEngine) -> AsyncConnection:
+@asynccontextmanager
+async def async_held_elsewhere(engine: AsyncEngine) -> AsyncIterator[AsyncConnection]:
     """A connection that another asyncio task has taken: whoever wants one, too, waits for it."""
 
     async def take() -> AsyncConnection:
         return await engine.connect()
 
-    return await asyncio.create_task(take())
+    connection = await asyncio.create_task(take())
+    try:
+        yield connection
+    finally:
+        await connection.close()
 
 
 class Workshop:
