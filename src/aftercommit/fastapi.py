@@ -167,8 +167,10 @@ def install(
 
 async def _answer_exhausted(request: Request, error: Exception) -> Response:
     """Answer 503, or what the application answers to SQLAlchemy's errors: it knows better."""
-    theirs = await _answer_of_theirs(request, error)
-    return theirs or _answer_503(request, error, "Too busy. Try again.")
+    theirs = _handler_of_theirs(request, error)
+    if theirs is not None:
+        return await _ask(theirs, request, error)
+    return _answer_503(request, error, "Too busy. Try again.")
 
 
 async def _answer_unreachable(request: Request, error: Exception) -> Response:
@@ -177,25 +179,36 @@ async def _answer_unreachable(request: Request, error: Exception) -> Response:
     Not where the connection was lost during COMMIT. Nobody knows what became of that one, and whoever asks again,
     as a 503 invites to, might have it done twice.
     """
-    theirs = await _answer_of_theirs(request, error)
+    theirs = _handler_of_theirs(request, error)
     if theirs is not None:
-        return theirs
+        return await _ask(theirs, request, error)
     if fault_of(error) not in (Fault.CONNECTION, Fault.STALE) or (is_disconnect(error) and met_in_commit(error)):
         raise error
     return _answer_503(request, error, "The database cannot be reached. Try again.")
 
 
-async def _answer_of_theirs(request: Request, error: Exception) -> Response | None:
-    """What the application answers to a broader class of errors, if it does."""
-    for kind in type(error).__mro__[1:-2]:
+def _handler_of_theirs(request: Request, error: Exception) -> Callable[..., Any] | None:
+    """The handler that the application has for a broader class of errors.
+
+    Not for ``Exception``: that one answers to what nobody has handled, and Starlette, which calls it, then lets the
+    error through, to be seen by servers and tests.
+    """
+    for kind in type(error).__mro__[1:-3]:
         handler = request.app.exception_handlers.get(kind)
         if handler is not None and handler is not _answer_unreachable:
-            answer = handler(request, error)
-            return cast("Response", await answer if inspect.isawaitable(answer) else answer)
+            return cast("Callable[..., Any]", handler)
     return None
 
 
+async def _ask(handler: Callable[..., Any], request: Request, error: Exception) -> Response:
+    answer = handler(request, error)
+    return cast("Response", await answer if inspect.isawaitable(answer) else answer)
+
+
 def _answer_503(request: Request, error: Exception, detail: str) -> Response:
+    if request.scope["type"] != "http":
+        # Starlette comes here with WebSockets, too. One that was accepted knows no status: it ends as without us.
+        raise error
     logger.error("%s %s: %s", request.method, request.url.path, error)
     return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "1"})
 

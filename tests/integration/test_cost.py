@@ -2,11 +2,13 @@
 
 import sqlite3
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
+from sqlalchemy.util import greenlet_spawn
 
 from aftercommit import PoolSettings, signals
 from tests.support.databases import DatabaseUnderTest
@@ -135,6 +137,58 @@ def _in_session(shop: Workshop, body) -> None:
             await session.run_sync(body)
 
     shop.on_loop(run())
+
+
+def _level(engine: sa.Engine) -> object:
+    with engine.connect() as connection:
+        return connection.exec_driver_sql("SHOW transaction_isolation").scalar_one()
+
+
+def _raw_level(engine: sa.Engine) -> object:
+    with closing(engine.raw_connection()) as connection, closing(connection.cursor()) as cursor:
+        cursor.execute("SHOW transaction_isolation")
+        (level,) = cursor.fetchone() or ("nothing",)
+    return level
+
+
+def _transactions(engine: sa.Engine) -> object:
+    with engine.execution_options(isolation_level="AUTOCOMMIT").connect() as connection:
+        return len({connection.scalar(sa.text("SELECT txid_current()")) for _ in range(2)})
+
+
+@pytest.mark.drivers("psycopg", "asyncpg")
+@pytest.mark.parametrize(
+    ("take", "options", "expected"),
+    [
+        (_raw_level, {}, "read committed"),
+        (_transactions, {}, 2),
+        (_level, {"execution_options": {"isolation_level": "SERIALIZABLE"}}, "serializable"),
+    ],
+)
+def test_whoever_takes_a_connection_from_the_engine_finds_no_level_of_a_task(
+    database: DatabaseUnderTest, take: Callable[[sa.Engine], object], options: dict[str, object], expected: object
+):
+    """What an engine's user says of the level is true on a connection that a task has had before, however he takes it.
+
+    With ``raw_connection()``; in autocommit, where each statement is a transaction; at the level of the engine.
+    """
+    shop = Workshop(
+        database,
+        pools={"default": PoolSettings(pool_size=1, max_overflow=0)},
+        **{"async_engine_options" if database.is_async else "engine_options": options},
+    )
+    task = shop.task()(effect)
+
+    with shop.running(), Heard(signals.TaskSucceeded) as heard:
+        shop.ask(task, "a")
+        heard.wait(signals.TaskSucceeded)
+        if shop.is_async:
+            found = shop.on_loop(greenlet_spawn(take, shop.db.async_engine("default").sync_engine))
+        else:
+            found = take(shop.db.engine("default"))
+    shop.close()
+
+    assert found == expected
 
 
 @pytest.mark.drivers("psycopg", "asyncpg")

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 import httpx
 import pytest
 import sqlalchemy.exc
-from fastapi import FastAPI
+from fastapi import FastAPI, WebSocket
 from fastapi.responses import PlainTextResponse
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
 
 from aftercommit import Database, PoolSettings, signals
 from aftercommit.errors import PoolExhausted
@@ -448,3 +450,49 @@ def test_an_application_answers_exhaustion_itself(database: DatabaseUnderTest) -
         answer = httpx.get(url)
 
     assert (answer.status_code, answer.text) == (429, "busy")
+
+
+@pytest.mark.drivers("pysqlite")
+def test_an_error_that_only_the_last_resort_handles_is_seen_by_the_server(
+    database: DatabaseUnderTest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A handler of ``Exception`` answers what nobody handles, and the server still hears of it, with its traceback."""
+    app = application(Database(database.url))
+
+    @app.exception_handler(Exception)
+    def apologise(_request: object, _error: Exception) -> PlainTextResponse:
+        return PlainTextResponse("sorry", status_code=500)
+
+    @app.get("/broken")
+    def ask_for_nothing(session: SessionDep) -> None:
+        session.execute(text("SELECT * FROM there_is_no_such_table"))
+
+    with serve(app) as url, caplog.at_level(logging.ERROR, "uvicorn.error"):
+        answer = httpx.get(url + "/broken")
+
+    assert (answer.status_code, answer.text) == (500, "sorry")
+    raised = [record.exc_info[1] for record in caplog.records if record.exc_info]
+    assert [type(error) for error in raised] == [sqlalchemy.exc.OperationalError]
+
+
+@pytest.mark.drivers("pysqlite")
+def test_a_busy_pool_ends_a_websocket_with_its_own_error(
+    database: DatabaseUnderTest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A WebSocket cannot be answered 503: it is closed, and what the server logs is that the pool had run dry."""
+    db = Database(database.url, pool=PoolSettings(1, 0, pool_timeout=0.05))
+    app = application(db)
+
+    @app.websocket("/socket")
+    async def look_once(websocket: WebSocket) -> None:
+        await websocket.accept()
+        with db.session() as session:
+            session.execute(text("SELECT 1"))
+
+    with serve(app) as url, db.session() as holding, caplog.at_level(logging.ERROR, "uvicorn.error"):
+        holding.execute(text("SELECT 1"))
+        with connect(url.replace("http", "ws") + "/socket") as client, pytest.raises(ConnectionClosed):
+            client.recv()
+
+    raised = [record.exc_info[1] for record in caplog.records if record.exc_info]
+    assert [type(error) for error in raised] == [PoolExhausted]

@@ -1,9 +1,11 @@
 """Pools: an engine per kind of work with settings of its own, on every driver; SQLite set up for several writers."""
 
 import asyncio
+import os
 import sqlite3
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -20,6 +22,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from aftercommit import Database, PoolSettings
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools import pools as pools_module
+from aftercommit.pools import sqlite
 from aftercommit.pools.sqlite import needs_lock
 from tests.support.databases import DatabaseUnderTest
 
@@ -663,6 +666,21 @@ def test_who_waits_for_the_lock_comes_before_who_had_it(sqlite_url: str):
         found = session.scalars(text("SELECT who FROM entry ORDER BY id")).all()
     db.dispose()
     assert found == ["first", "waiting", "first again"]
+
+
+def test_a_forked_process_waits_for_no_turn_of_a_thread_that_it_has_not(tmp_path: Path):
+    """Forked while a thread asks for the write lock, a process would give up its own turn at every write, for ever."""
+    file = str(tmp_path / "forked.db")
+
+    with sqlite._turns[file], warnings.catch_warnings():
+        # Python 3.12 and later: with threads about, whoever forks should know what he does.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if sqlite._turns[file].acquire(blocking=False) else 1)
+        _, status = os.waitpid(child, 0)
+
+    assert os.waitstatus_to_exitcode(status) == 0
 
 
 def _is_in_the_driver(thread: threading.Thread) -> bool:

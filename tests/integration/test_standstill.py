@@ -4,13 +4,14 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import httpx
 import pytest
 import sqlalchemy as sa
 from fastapi import FastAPI
-from sqlalchemy.ext.asyncio import AsyncSession
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncSession
 from sqlalchemy.orm import Session
 
 from aftercommit import Database, PoolSettings, signals
@@ -238,6 +239,57 @@ def test_whoever_may_be_served_waits(database: DatabaseUnderTest) -> None:
     assert not error.is_standstill
     assert "1 of the holders wait for a second connection themselves" in str(error)
     db.dispose()
+
+
+@sync_drivers
+def test_connections_may_be_handed_to_threads_that_give_them_back(database: DatabaseUnderTest) -> None:
+    """Whoever takes connections by hand for others waits for them, although he took all that there are himself."""
+    db = Database(database.url, pool=PoolSettings(2, 0, pool_timeout=TIMEOUT * 10))
+    register = db.sessions.pools["request"].register
+    is_waited_for = threading.Event()
+    started: list[tuple[threading.Thread, list[Any]]] = []
+
+    def work(connection: sa.Connection) -> str:
+        with connection:
+            is_waited_for.wait(TIMEOUT)
+            return str(connection.execute(ONE).scalar())
+
+    def take_for_others() -> None:
+        for _ in range(4):
+            taken = db.engine().connect()
+            started.append(in_thread(partial(work, taken)))
+
+    thread, outcome = in_thread(take_for_others)
+    while not register.waiting:
+        assert not outcome
+    is_waited_for.set()
+    thread.join(TIMEOUT)
+    for each, _ in started:
+        each.join(TIMEOUT)
+
+    assert outcome == [None]
+    assert [each for _, each in started] == [["1"]] * 4
+    db.dispose()
+
+
+@async_drivers
+async def test_connections_may_be_handed_to_coroutines_that_give_them_back(database: DatabaseUnderTest) -> None:
+    """The same for asyncio tasks."""
+    db = Database(database.url, pool=PoolSettings(2, 0, pool_timeout=TIMEOUT))
+
+    async def work(connection: AsyncConnection) -> str:
+        try:
+            return str((await connection.execute(ONE)).scalar())
+        finally:
+            await connection.close()
+
+    started: list[asyncio.Task[str]] = []
+    for _ in range(4):
+        taken = await db.async_engine().connect()
+        started.append(asyncio.create_task(work(taken)))
+
+    assert await asyncio.gather(*started) == ["1"] * 4
+    await db.async_dispose()
 
 
 @sync_drivers

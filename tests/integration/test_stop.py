@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from aftercommit import Retry, TaskRecord, signals
+from aftercommit.runner.bookkeeper import Bookkeeper
 from tests.support.databases import DatabaseUnderTest
 from tests.support.servers import Server
 from tests.support.workshop import TIMEOUT, Effect, Heard, Workshop
@@ -256,3 +257,28 @@ def test_sigterm_under_uvicorn(database: DatabaseUnderTest, tmp_path: Path, fini
     else:
         assert (record.state, record.attempt) == ("queued", 0)
         assert "given back 1" in line
+
+
+@pytest.mark.drivers("psycopg", "asyncpg")
+def test_a_second_try_of_the_bookkeeping_is_cut_off_too(database: DatabaseUnderTest):
+    """It lost its connection, and on the new one the server does not answer either: the stop does not wait for it."""
+    shop = Workshop(database)
+    books = Bookkeeper(shop.db.sessions.pools)
+    tries: list[None] = []
+    is_waiting = threading.Event()
+
+    def work(connection: sa.Connection) -> None:
+        tries.append(None)
+        if len(tries) == 1:
+            connection.exec_driver_sql("SELECT pg_terminate_backend(pg_backend_pid())")
+        is_waiting.set()
+        connection.exec_driver_sql("SELECT pg_sleep(60)")
+
+    books.start()
+    answer = books.submit(work)
+    assert is_waiting.wait(TIMEOUT)
+    books.stop(0.5)
+
+    assert answer.done()
+    assert len(tries) == 2
+    shop.close()

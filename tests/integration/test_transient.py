@@ -462,6 +462,22 @@ def test_a_plan_from_before_a_migration_is_stale(database):
 
 @postgres_drivers
 @pytest.mark.usefixtures("table")
+def test_a_statement_that_the_server_does_not_support_is_permanent(database):
+    """The same 0A000, and neither another connection nor another try will help: the application is wrong."""
+
+    def body(engine):
+        with engine.connect() as connection:
+            connection.exec_driver_sql("SELECT count(*) FROM t FOR UPDATE")
+
+    error = error_of(database, body)
+
+    assert fault_of(error) is Fault.PERMANENT
+    assert not is_disconnect(error)
+    assert "0A000" in describe(error)
+
+
+@postgres_drivers
+@pytest.mark.usefixtures("table")
 def test_a_prepared_statement_that_is_gone_is_stale(database):
     """26000: a pooler changed the server below us, or somebody deallocated."""
 

@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import AsyncAdaptedQueuePool, QueuePool, event
@@ -109,7 +110,7 @@ class Register:
 
     def attach(self, engine: Engine) -> None:
         """Write down what an engine's connections do."""
-        event.listen(engine, "checkout", self._taken)
+        event.listen(engine, "checkout", partial(self._taken, engine))
         event.listen(engine, "checkin", self._returned)
         event.listen(engine, "detach", self._detached)
         # With a value returned, SQLAlchemy does not wrap it in a function that returns one.
@@ -197,8 +198,10 @@ class Register:
                 )
             )  # fmt: skip
 
-    def _taken(self, _connection: DBAPIConnection, record: Any, _proxy: Any) -> None:
+    def _taken(self, engine: Engine, _connection: DBAPIConnection, record: Any, _proxy: Any) -> None:
         hold = Hold(time.monotonic(), line=opening_line())
+        if hold.line is not None and isinstance(engine.pool, _Explaining):
+            engine.pool.forget_taker(record)
         record.record_info[_HOLD] = hold
         self._holds[record] = hold
 
@@ -262,6 +265,10 @@ class _Explaining(QueuePool):
         """Who has all of its connections; None while it may still have one to give."""
         flows = self.flows()
         return flows if len(flows) >= self.size() + max(0, self._max_overflow) else None
+
+    def forget_taker(self, record: Any) -> None:
+        """Nobody knows who has it: a bare connection may be handed to whoever works on it and gives it back."""
+        self._takers.pop(record, None)
 
     def recreate(self) -> QueuePool:
         """Make another like it, known to the same register."""

@@ -14,6 +14,7 @@ anew in the meantime never lets anybody in. So the threads of this process wait 
 
 from __future__ import annotations
 
+import os
 import re
 import sqlite3
 import threading
@@ -50,6 +51,9 @@ _BEGIN: Final = "BEGIN IMMEDIATE"
 _PATIENCE: Final = "aftercommit_patience"
 _turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 """By file, held by the one thread of this process that asks SQLite for the write lock, until it has it."""
+if hasattr(os, "register_at_fork"):
+    # A forked process has none of the threads that hold them: nobody there would ever give a turn back.
+    os.register_at_fork(after_in_child=_turns.clear)
 _READS: Final = frozenset({"SELECT", "VALUES", "EXPLAIN"})
 # These cannot run inside a transaction, or manage one themselves.
 _OUTSIDE: Final = frozenset(

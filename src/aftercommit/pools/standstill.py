@@ -7,7 +7,8 @@ refused at once, as databases do with deadlocks: the connection he has comes bac
 Nobody else is refused: as long as one holder can go on, to wait is right. Rings through several pools are seen, too.
 
 What is told apart are *flows*: threads, and asyncio tasks. A coroutine that merely awaits others, which wait for
-connections, cannot be told from one that goes on by itself, and counts as one that can.
+connections, cannot be told from one that goes on by itself, and counts as one that can. So does whoever took his
+connection from the engine by hand: those are taken in one place, and given back in another.
 """
 
 from __future__ import annotations

@@ -148,7 +148,7 @@ class Bookkeeper:
             if done or self._stopping or not is_disconnect(exc):
                 raise
             self._drop_connections()
-            return self._execute(work, autocommit=autocommit)
+            return self._execute(work_once, autocommit=autocommit)
         finally:
             self._connection = None
 

@@ -118,7 +118,7 @@ _SQLSTATES: Final = {
     "57P03": Fault.CONNECTION,  # starting up, or in recovery
     "25006": Fault.STALE,  # after a failover a demoted primary still answers SELECT 1
     "26000": Fault.STALE,  # prepared statement does not exist
-    "0A000": Fault.STALE,  # "cached plan must not change result type"
+    "0A000": Fault.STALE,  # "cached plan must not change result type", see _is_unsupported
     "25P03": Fault.IDLE,  # idle_in_transaction_session_timeout
     "25P04": Fault.IDLE,  # transaction_timeout
     "57P05": Fault.IDLE,  # idle_session_timeout
@@ -133,6 +133,9 @@ _SQLSTATE_CLASSES: Final = {
     "23": Fault.PERMANENT,
     "42": Fault.PERMANENT,
 }
+_UNSUPPORTED: Final = "0A000"
+_CHECKS_PLANS: Final = "RevalidateCachedQuery"
+"""The server's function that finds a plan outdated: messages come in the language of the server."""
 _ABORTED: Final = "25P02"
 """An earlier error aborted the transaction, and somebody went on: says nothing by itself."""
 
@@ -231,6 +234,8 @@ def _database(link: BaseException, unit: list[BaseException]) -> _Verdict:
     code = _code(unit)
     invalidated = isinstance(link, exc.DBAPIError) and link.connection_invalidated
     fault = _fault_of_code(code) if code else None
+    if code == _UNSUPPORTED and _is_unsupported(unit[-1]):
+        fault = Fault.PERMANENT
     if fault is None:
         lost = invalidated or (code is None and any(map(_is_lost, unit)))
         fault = Fault.CONNECTION if lost else Fault.PERMANENT
@@ -290,6 +295,14 @@ def _fault_of_code(code: str) -> Fault | None:
     if code.startswith("SQLITE_"):
         return next((fault for name, fault in _SQLITE_NAMES.items() if code.startswith(name)), None)
     return _SQLSTATES.get(code) or _SQLSTATE_CLASSES.get(code[:2])
+
+
+def _is_unsupported(error: BaseException) -> bool:
+    """Whether a 0A000 is about the statement itself, such as FOR UPDATE of an aggregate, and will be so for ever."""
+    # asyncpg has it on the error, psycopg in what the server said.
+    source = getattr(error, "server_source_function", None)
+    source = source or getattr(getattr(error, "diag", None), "source_function", None)
+    return source is not None and source != _CHECKS_PLANS
 
 
 def _is_drivers(error: BaseException) -> bool:
