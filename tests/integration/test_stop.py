@@ -16,7 +16,7 @@ import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from aftercommit import Retry, TaskRecord, signals
+from aftercommit import PoolSettings, Retry, TaskRecord, signals
 from tests.support.databases import DatabaseUnderTest
 from tests.support.servers import Server
 from tests.support.workshop import TIMEOUT, Effect, Heard, Workshop
@@ -26,6 +26,14 @@ from tests.support.workshop import TIMEOUT, Effect, Heard, Workshop
 def shop(database: DatabaseUnderTest):
     """A workshop on each driver in turn."""
     shop = Workshop(database, heartbeat=0.2, silent_after=30.0)
+    yield shop
+    shop.close()
+
+
+@pytest.fixture
+def narrow(database: DatabaseUnderTest):
+    """One with a pool of a single place."""
+    shop = Workshop(database, heartbeat=0.2, silent_after=30.0, pools={"narrow": PoolSettings(pool_size=1)})
     yield shop
     shop.close()
 
@@ -54,6 +62,21 @@ def opened_at_the_end(gate: threading.Event) -> Iterator[None]:
         yield
     finally:
         signals.unsubscribe(open_it)
+
+
+@contextmanager
+def opened_by_the_stop(gate: threading.Event) -> Iterator[None]:
+    """Open a gate once the stop has begun: the first that it does is to give back what waits."""
+
+    def open_it(_: signals.TaskGivenBack) -> None:
+        gate.set()
+
+    signals.subscribe(signals.TaskGivenBack)(open_it)
+    try:
+        yield
+    finally:
+        signals.unsubscribe(open_it)
+        gate.set()
 
 
 def test_what_runs_may_finish(shop: Workshop):
@@ -103,6 +126,51 @@ def test_what_does_not_finish_goes_back(shop: Workshop):
     with shop.running():
         shop.drain()
     assert shop.effects() == [str(number) for number in range(8)]
+
+
+def test_what_is_asked_for_during_the_stop_waits_for_the_next_start(narrow: Workshop):
+    """A child that a task hands over while its process is stopping is queued, taken by nobody, and runs later."""
+    gate, begun = threading.Event(), threading.Event()
+    child = narrow.task(pool="narrow")(effect)
+
+    @narrow.task(pool="narrow", gate=gate, begun=begun.set)
+    def parent(session: Session, label: str) -> None:
+        effect(session, "parent")
+        narrow.db.after_commit(session, child, "child")
+
+    with opened_by_the_stop(gate), narrow.running(grace=TIMEOUT):
+        narrow.drain()
+        narrow.ask(parent)
+        assert begun.wait(TIMEOUT)
+        narrow.ask(child, "waits behind it")
+
+    found = {(each.task, each.state, each.attempt, each.worker is None) for each in narrow.records()}
+    assert found == {("parent", "succeeded", 1, False), ("effect", "queued", 0, True)}
+    [asked_for] = [each for each in narrow.records() if each.parent is not None]
+    assert asked_for.claims == 0
+    assert narrow.effects() == ["parent"]
+    with narrow.running():
+        narrow.drain()
+    assert narrow.effects() == ["child", "parent", "waits behind it"]
+
+
+def test_a_stop_takes_nothing_new(narrow: Workshop):
+    """However long the grace, what waits in the database is left to others once the stop has begun."""
+    gate, begun = threading.Event(), threading.Event()
+    task = narrow.task(pool="narrow", gate=gate, begun=begun.set)(effect)
+
+    with opened_by_the_stop(gate), narrow.running(grace=TIMEOUT):
+        narrow.drain()
+        narrow.ask(task, "first")
+        assert begun.wait(TIMEOUT)
+        narrow.commit(lambda session: [narrow.db.after_commit(session, task, "later") for _ in range(30)] and None)
+
+    assert narrow.effects() == ["first"]
+    first, *others = narrow.records()
+    assert (first.state, first.claims) == ("succeeded", 1)
+    assert {(each.state, each.attempt, each.worker) for each in others} == {("queued", 0, None)}
+    # The backlog of one place holds two, and they are not taken again.
+    assert sorted(each.claims for each in others) == [0] * 28 + [1] * 2
 
 
 def test_once_means_once_even_at_a_stop(shop: Workshop):
