@@ -188,6 +188,65 @@ def test_once_means_once_even_at_a_stop(shop: Workshop):
     assert (record.state, "interrupted" in (record.error or ""), shop.effects()) == ("failed", True, [])
 
 
+# A thread that keeps SQLite's one write lock keeps it from the stop, too: there the record is left to a rescue.
+@pytest.mark.drivers("psycopg", "asyncpg", "aiosqlite")
+def test_a_stop_that_interrupts_leaves_no_connection_out_and_nothing_pending(database: DatabaseUnderTest):
+    """After a stop that a task with an open transaction outlives, every pool has all its connections back."""
+    shop = Workshop(database, heartbeat=0.2, silent_after=30.0)
+    gate, begun = threading.Event(), threading.Event()
+
+    def plain(session: Session) -> None:
+        hold(session)
+        begun.set()
+        gate.wait(TIMEOUT)
+        # What a thread does that has not heard of the stop.
+        effect(session, "never")
+
+    async def native(session: AsyncSession) -> None:
+        await session.run_sync(hold)
+        begun.set()
+        await asyncio.Event().wait()
+
+    def hold(session: Session) -> None:
+        effect(session, "never")
+        session.flush()
+
+    task: Any = shop.db.task(name="holds")(native if shop.is_async else plain)
+
+    async def main() -> set[Any]:
+        async with shop.db.running(create_tables=True, grace=0.0):
+            if shop.is_async:
+                async with shop.db.async_session() as session:
+                    shop.db.after_commit(session, task)
+            else:
+                with shop.db.session() as session:
+                    shop.db.after_commit(session, task)
+            assert await asyncio.to_thread(begun.wait, TIMEOUT)
+            assert checked_out(shop) == 1
+        left = asyncio.all_tasks() - {asyncio.current_task()}
+        gate.set()
+        await asyncio.to_thread(join_left_behind)
+        out.append(checked_out(shop))
+        await shop.db.async_dispose()
+        return left
+
+    out: list[int] = []
+    with opened_at_the_end(gate):
+        left = asyncio.run(main())
+
+    assert (left, out) == (set(), [0])
+    [record] = shop.records()
+    assert (record.state, record.attempt, record.worker, shop.effects()) == ("queued", 0, None, [])
+    shop.close()
+
+
+def checked_out(shop: Workshop) -> int:
+    """How many connections of all pools that tasks and requests use are in somebody's hands."""
+    pools = shop.db.sessions.pools
+    engines = [engine for name in pools.names for engine in pools[name].opened]
+    return sum(engine.pool.checkedout() for engine in engines)  # type: ignore[attr-defined]
+
+
 @pytest.mark.drivers("aiosqlite", "asyncpg")
 def test_a_loop_that_is_closed_under_us_loses_nothing(database: DatabaseUnderTest):
     """Whoever cancels every task of the loop (Ctrl+C twice, asyncio.run's end) leaves records that others can take."""
