@@ -91,6 +91,7 @@ class Rounds:
         self._wakes_at = 0.0
         self._last_beat = time.monotonic()
         self._loop_seen = time.monotonic()
+        self._loop_told = float("-inf")
         self._loop_asked = False
         self._is_down = False
         self._down_since = 0.0
@@ -423,14 +424,14 @@ class Rounds:
         loop = runner.loop
         if loop is None or loop.is_closed():
             return
-        if self._loop_asked and now - self._loop_seen > self._pace.heartbeat:
+        if self._loop_asked and now - max(self._loop_seen, self._loop_told) > self._pace.heartbeat:
             names = tuple(sorted({run.name for run in list(runner.held.values()) if run.task.is_async and run.started}))
             logger.warning(
                 "The event loop has not turned for %.1f s; running on it: %s. Something computes or waits without "
                 "await: make it a `def` task, or await it.", now - self._loop_seen, ", ".join(names) or "no tasks",
             )  # fmt: skip
             signals.emit(signals.LoopBlocked(seconds=now - self._loop_seen, tasks=names))
-            self._loop_seen = now
+            self._loop_told = now
         elif not self._loop_asked and now - self._loop_seen >= _PULSE_SECONDS:
             self._loop_asked = True
             self._loop_seen = now
