@@ -147,7 +147,7 @@ def test_a_burst_of_hand_overs_is_told_of_once(database: DatabaseUnderTest, monk
 
 @pytest.mark.drivers("pysqlite", "aiosqlite")
 def test_polling_alone_finds_the_work_of_others(database: DatabaseUnderTest):
-    """Where nothing can be heard, what another process queued after the start is found all the same, again and again."""
+    """Where nothing can be heard, what others queue after the start is found all the same, again and again."""
     worker = Workshop(database)
     worker.task()(effect)
     web = Workshop(DatabaseUnderTest(url=database.sync_url, driver="pysqlite"))

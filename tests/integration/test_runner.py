@@ -798,7 +798,7 @@ def test_a_sync_task_that_hangs_loses_its_place(shop: Workshop, heard: Heard):
 
 @postgres_drivers
 def test_the_server_is_told_of_a_time_limit(shop: Workshop):
-    """In a task's transaction PostgreSQL itself limits statements and idleness to the task's timeout, and only there."""
+    """In a task's transactions, and only there, PostgreSQL limits statements and idleness to the task's timeout."""
     seen: dict[str, list[int]] = {}
 
     def look(session: Session, label: str) -> None:
