@@ -18,7 +18,7 @@ from aftercommit import TaskRecord
 from aftercommit.records.tables import WorkerRecord
 
 SHOP = """
-import asyncio, os, sys
+import asyncio, atexit, os, sys
 from sqlalchemy.orm import Session
 from aftercommit import Database, PoolSettings
 
@@ -40,6 +40,14 @@ def wait(gate: str) -> str:
     print("Waiting at the gate", file=sys.stderr, flush=True)
     with open(gate) as fifo:
         return fifo.read()
+
+
+@atexit.register
+def linger():
+    if gate := os.environ.get("SHOP_LINGERS"):
+        print("Lingering", file=sys.stderr, flush=True)
+        with open(gate, "rb", buffering=0) as fifo:
+            fifo.read(1)
 
 
 async def hand_over(gate=None):
@@ -173,6 +181,30 @@ def test_a_second_signal_does_not_tear_the_stop_apart(engine: Engine, tmp_path: 
     with Session(engine) as session:
         ended = session.scalars(select(TaskRecord)).one()
     assert (ended.state, ended.attempt, ended.result) == ("succeeded", 1, "open")
+
+
+@pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_stop_changes_nothing(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """A signal that comes when all is done, and the process only has to end, does not make that end a failure."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    # For reading too: it does not wait for a reader, who may have been killed.
+    opened = os.open(gate, os.O_RDWR)
+    run("schema", "--apply")
+    monkeypatch.setenv("SHOP_LINGERS", str(gate))
+
+    with Worker() as worker:
+        worker.process.send_signal(number)
+        worker.wait_for("Stopped", "Lingering")
+        worker.process.send_signal(number)
+        os.write(opened, b"x")
+        code = worker.process.wait(30)
+    os.close(opened)
+
+    assert code == 0
 
 
 def test_worker_runs_only_the_pools_it_is_told(engine: Engine) -> None:
