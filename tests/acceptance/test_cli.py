@@ -1,21 +1,24 @@
 """The command, as a process of its own on a real database."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Self
 
 import pytest
-from sqlalchemy import Engine, create_engine, select
+from sqlalchemy import Engine, create_engine, select, text
 from sqlalchemy.orm import Session
 
 from aftercommit import TaskRecord
+from aftercommit.records.tables import WorkerRecord
 
 SHOP = """
-import asyncio, os
+import asyncio, atexit, os, sys
 from sqlalchemy.orm import Session
 from aftercommit import Database, PoolSettings
 
@@ -32,15 +35,33 @@ def refuse(reason: str) -> None:
     raise ValueError(reason)
 
 
-async def hand_over():
+@db.task
+def wait(gate: str) -> str:
+    print("Waiting at the gate", file=sys.stderr, flush=True)
+    with open(gate) as fifo:
+        return fifo.read()
+
+
+@atexit.register
+def linger():
+    if gate := os.environ.get("SHOP_LINGERS"):
+        print("Lingering", file=sys.stderr, flush=True)
+        with open(gate, "rb", buffering=0) as fifo:
+            fifo.read(1)
+
+
+async def hand_over(gate=None):
     async with db.async_session() as session:
-        db.after_commit(session, double, 21)
-        db.after_commit(session, refuse, "a [bold] reason")
+        if gate is None:
+            db.after_commit(session, double, 21)
+            db.after_commit(session, refuse, "a [bold] reason")
+        else:
+            db.after_commit(session, wait, gate)
     await db.async_dispose()
 
 
 if __name__ == "__main__":
-    asyncio.run(hand_over())
+    asyncio.run(hand_over(*sys.argv[1:]))
 """
 
 
@@ -64,9 +85,9 @@ def run(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
 
 
-def hand_over() -> None:
-    """Have another process ask for one task that succeeds and one that fails."""
-    subprocess.run([sys.executable, "shop.py"], check=True, timeout=60)
+def hand_over(*gate: str) -> None:
+    """Have another process ask for one task that succeeds and one that fails, or for one that waits at a gate."""
+    subprocess.run([sys.executable, "shop.py", *gate], check=True, timeout=60)
 
 
 def states(engine: Engine) -> dict[str, str]:
@@ -89,7 +110,6 @@ class Worker:
     def __enter__(self) -> Self:
         """Wait until it runs."""
         self.wait_for(" runs ")
-        return self
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -126,6 +146,67 @@ def test_worker_runs_what_waits_and_stops_in_order(engine: Engine) -> None:
     assert states(engine) == {"double": "succeeded", "refuse": "failed"}
 
 
+@pytest.mark.parametrize("finishes", [True, False])
+def test_a_second_signal_does_not_tear_the_stop_apart(engine: Engine, tmp_path: Path, finishes: bool) -> None:
+    """SIGTERM twice while a task runs: it finishes within its grace, or is queued again as if it had never begun."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    run("schema", "--apply")
+    hand_over(str(gate))
+
+    with Worker("--grace", "30" if finishes else "2") as worker:
+        worker.wait_for("Waiting at the gate")
+        worker.process.send_signal(signal.SIGTERM)
+        worker.wait_for("Stopping")
+        worker.process.send_signal(signal.SIGTERM)
+        worker.wait_for("SIGTERM again")
+        if finishes:
+            gate.write_text("open")
+        worker.wait_for("Stopped")
+        code = worker.process.wait(30)
+
+    with Session(engine) as session:
+        left = session.scalars(select(TaskRecord)).one()
+        workers = session.scalars(select(WorkerRecord)).all()
+    assert (code, list(workers)) == (0, [])
+    if finishes:
+        assert (left.state, left.attempt, left.result) == ("succeeded", 1, "open")
+        return
+    assert (left.state, left.attempt, left.worker) == ("queued", 0, None)
+    with Worker() as heir:
+        heir.wait_for("Waiting at the gate")
+        gate.write_text("open")
+        heir.wait_for("succeeded after")
+        heir.stop()
+    with Session(engine) as session:
+        ended = session.scalars(select(TaskRecord)).one()
+    assert (ended.state, ended.attempt, ended.result) == ("succeeded", 1, "open")
+
+
+@pytest.mark.parametrize("engine", ["sqlite"], indirect=True)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_after_the_stop_changes_nothing(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """A signal that comes when all is done, and the process only has to end, does not make that end a failure."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    # For reading too: it does not wait for a reader, who may have been killed.
+    opened = os.open(gate, os.O_RDWR)
+    run("schema", "--apply")
+    monkeypatch.setenv("SHOP_LINGERS", str(gate))
+
+    with Worker() as worker:
+        worker.process.send_signal(number)
+        worker.wait_for("Stopped", "Lingering")
+        worker.process.send_signal(number)
+        os.write(opened, b"x")
+        code = worker.process.wait(30)
+    os.close(opened)
+
+    assert code == 0
+
+
 def test_worker_runs_only_the_pools_it_is_told(engine: Engine) -> None:
     """With ``--pools`` the tasks of other pools stay queued."""
     run("schema", "--apply")
@@ -160,6 +241,59 @@ def test_tasks_are_listed_shown_retried_and_cancelled(engine: Engine) -> None:
     assert "is not failed or cancelled" in again.stderr
 
 
+def test_tasks_are_chosen_by_pool_and_age(engine: Engine) -> None:
+    """``--pool`` and ``--older-than`` leave out what they do not name, whatever is done with the rest."""
+    run("schema", "--apply")
+    hand_over()
+    hand_over()
+    with Session(engine) as session, session.begin():
+        old = session.scalars(select(TaskRecord).where(TaskRecord.pool == "default").order_by(TaskRecord.id)).first()
+        assert old is not None
+        old.enqueued_at = datetime(2020, 1, 1, tzinfo=UTC)
+        old_id = str(old.id)
+
+    in_pool = json.loads(run("tasks", "list", "--pool", "files", "--json").stdout)
+    aged = json.loads(run("tasks", "list", "--older-than", "1h", "--json").stdout)
+    cancelled = json.loads(run("tasks", "cancel", "--pool", "files", "--json").stdout)
+    also = json.loads(run("tasks", "cancel", "--older-than", "1d", "--json").stdout)
+    by_pool = json.loads(run("tasks", "retry", "--pool", "default", "--json").stdout)
+    run("tasks", "cancel", old_id)
+    by_age = json.loads(run("tasks", "retry", "--older-than", "15m", "--json").stdout)
+
+    assert [row["task"] for row in in_pool] == ["refuse", "refuse"]
+    assert [row["id"] for row in aged] == [old_id]
+    assert sorted(cancelled["done"]) == sorted(row["id"] for row in in_pool)
+    assert also == by_pool == by_age == {"done": [old_id], "left": []}
+    with Session(engine) as session:
+        left = sorted((record.task, record.state) for record in session.scalars(select(TaskRecord)))
+    assert left == [("double", "queued")] * 2 + [("refuse", "cancelled")] * 2
+
+
+def test_scripts_read_what_became_of_tasks(engine: Engine) -> None:
+    """With ``--json`` the whole record is one document, and so is what was changed and what was left alone."""
+    run("schema", "--apply")
+    hand_over()
+    with Worker() as worker:
+        worker.wait_for("failed for good", "succeeded after")
+        worker.stop()
+    ids = {row["task"]: row["id"] for row in json.loads(run("tasks", "list", "--json").stdout)}
+
+    shown = json.loads(run("tasks", "show", ids["refuse"], "--json").stdout)
+    result = json.loads(run("tasks", "show", ids["double"], "--json").stdout)["result"]
+    retried = run("tasks", "retry", *ids.values(), "--json")
+    cancelled = run("tasks", "cancel", *ids.values(), "--json")
+
+    assert (shown["id"], shown["state"], shown["attempt"]) == (ids["refuse"], "failed", 1)
+    assert shown["arguments"] == {"reason": "a [bold] reason"}
+    assert shown["error"] == "ValueError: a [bold] reason"
+    assert "in refuse" in shown["traceback"]
+    assert result == 42
+    expected = {"done": [ids["refuse"]], "left": [ids["double"]]}
+    assert (json.loads(retried.stdout), json.loads(cancelled.stdout)) == (expected, expected)
+    # Something was left alone, and a script sees that without reading.
+    assert (retried.returncode, cancelled.returncode) == (1, 1)
+
+
 def test_pools_are_listed_paused_and_resumed(engine: Engine) -> None:
     """A paused pool starts nothing, and says so, until it is resumed."""
     run("schema", "--apply")
@@ -192,6 +326,18 @@ def test_schema_is_printed_checked_and_applied(engine: Engine) -> None:
     assert "CREATE TABLE aftercommit_task" in printed.stdout
     assert ("autovacuum" in printed.stdout) == (engine.dialect.name == "postgresql")
     assert applied.returncode == after.returncode == 0
+
+
+@pytest.mark.parametrize("engine", ["postgresql", "asyncpg"], indirect=True)
+def test_the_applied_schema_is_told_how_to_vacuum(engine: Engine) -> None:
+    """``--apply`` gives the table of tasks the settings that ``aftercommit schema`` prints."""
+    printed = run("schema").stdout
+    run("schema", "--apply")
+
+    with engine.connect() as connection:
+        options = connection.scalar(text("SELECT reloptions FROM pg_class WHERE relname = 'aftercommit_task'"))
+    assert len(options) == 4
+    assert all(option.replace("=", " = ") in printed for option in options)
 
 
 def test_the_printed_schema_is_complete(engine: Engine) -> None:

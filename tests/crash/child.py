@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from sqlalchemy import event
 from sqlalchemy.orm import Session
 
-from aftercommit import Retry, signals
+from aftercommit import Retry, current_run, signals
 from tests.support.databases import DatabaseUnderTest
 from tests.support.workshop import Counter, Effect, Workshop
 
@@ -26,6 +26,10 @@ POINTS = (
     "before the end",
     "after the end",
 )
+OWN_CLAIM = "after its own claim"
+"""Where a child stands still that asks for nothing itself, and claims what another process handed over."""
+BETWEEN_CHECKPOINTS = "between two checkpoints"
+"""Where a child stands still that asks for a task of several steps: two are committed, the third is not."""
 HEARTBEAT, SILENT_AFTER = 0.2, 1.0
 
 
@@ -50,7 +54,7 @@ class Fifo:
 
 
 def make(url: str, driver: str, *, point: str = "", fifo: str | None = None, retry: Retry | None = None) -> Workshop:
-    """The application: one task, with one effect."""
+    """The application: one task with one effect, and one with four, each committed with a checkpoint."""
     shop = Workshop(DatabaseUnderTest(url=url, driver=driver), heartbeat=HEARTBEAT, silent_after=SILENT_AFTER)
 
     @shop.task(gate=None if fifo is None else Fifo(fifo), retry=retry or Retry())  # type: ignore[arg-type]
@@ -60,7 +64,19 @@ def make(url: str, driver: str, *, point: str = "", fifo: str | None = None, ret
         if point == "in the effect":
             stand_still()
 
-    shop.pay = pay  # type: ignore[attr-defined]
+    @shop.task()
+    def pay_in_steps(session: Session, label: str) -> None:
+        run = current_run()
+        assert run is not None
+        for step in range(run.restored or 0, 4):
+            session.add(Effect(label=f"{label}, step {step}"))
+            session.flush()
+            if step == 2 and point == BETWEEN_CHECKPOINTS:
+                stand_still()
+            run.checkpoint(step + 1)
+            session.commit()
+
+    shop.pay = pay_in_steps if point == BETWEEN_CHECKPOINTS else pay  # type: ignore[attr-defined]
     return shop
 
 
@@ -81,7 +97,7 @@ def stop_at(shop: Workshop, point: str) -> None:
         event.listen((db.async_engine().sync_engine if shop.is_async else db.engine()), "commit", stand_still)
     elif point == "after the commit":
         signals.subscribe(signals.TasksHandedOver)(stand_still)
-    elif point == "after the claim":
+    elif point in ("after the claim", OWN_CLAIM):
         signals.subscribe(signals.TaskStarted)(stand_still)
     elif point == "before the end":
         pool = db.async_engine("default").sync_engine if shop.is_async else db.engine("default")
@@ -96,7 +112,9 @@ def main() -> None:
     url, driver, point, *fifo = sys.argv[1:]
     shop = make(url, driver, point=point, fifo=fifo[0] if fifo else None)
     with shop.running():
-        if point:
+        if point == OWN_CLAIM:
+            stop_at(shop, point)
+        elif point:
             shop.drain()
             stop_at(shop, point)
             request(shop, "1")

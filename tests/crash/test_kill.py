@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
 from aftercommit import TaskRecord
-from tests.crash.child import POINTS
+from tests.crash.child import BETWEEN_CHECKPOINTS, OWN_CLAIM, POINTS, make, request
 from tests.support.databases import DatabaseUnderTest
 from tests.support.processes import Log, spawn
 from tests.support.servers import ROOT
@@ -77,6 +77,40 @@ def test_a_killed_process_loses_and_doubles_nothing(database: DatabaseUnderTest,
     assert (requests, effects) == (expected, expected)
     attempts = 1 if point == "after the end" else 2
     assert records == [("succeeded", attempts)] * len(expected)
+
+
+def test_what_a_worker_claimed_itself_outlives_it(database: DatabaseUnderTest):
+    """SIGKILL after the claim of what another process handed over: a third one finishes it."""
+    plain = "pysqlite" if database.is_sqlite else "psycopg"
+    web = make(database.sync_url, plain)
+    web.db.create_tables()
+    request(web, "1")
+    web.close()
+    assert state(database) == (["1"], [], [("queued", 0)])
+
+    with child(database, OWN_CLAIM) as victim:
+        victim.log.wait_for(f"AT {OWN_CLAIM}")
+        assert state(database) == (["1"], [], [("running", 1)])
+        victim.send(signal.SIGKILL)
+        victim.process.wait()
+    with child(database) as heir:
+        heir.log.wait_for("DRAINED")
+
+    assert state(database) == (["1"], ["1"], [("succeeded", 2)])
+
+
+def test_a_killed_task_goes_on_from_its_last_checkpoint(database: DatabaseUnderTest):
+    """SIGKILL between two checkpoints: what was committed with the last one stands, and is not done again."""
+    with child(database, BETWEEN_CHECKPOINTS) as victim:
+        victim.log.wait_for(f"AT {BETWEEN_CHECKPOINTS}")
+        assert state(database) == (["1"], ["1, step 0", "1, step 1"], [("running", 1)])
+        victim.send(signal.SIGKILL)
+        victim.process.wait()
+
+    with child(database) as heir:
+        heir.log.wait_for("DRAINED")
+
+    assert state(database) == (["1"], [f"1, step {step}" for step in range(4)], [("succeeded", 2)])
 
 
 def test_a_frozen_process_cannot_commit_when_it_wakes(database: DatabaseUnderTest, tmp_path: Path):

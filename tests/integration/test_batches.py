@@ -891,30 +891,42 @@ def test_the_tasks_own_session_must_not_be_in_a_transaction(bench: Bench) -> Non
 
 
 @pytest.mark.drivers("psycopg", "pysqlite")
-def test_a_cancelled_task_commits_no_further_chunk(bench: Bench) -> None:
-    """Every chunk's commit is fenced: once the record is somebody else's, nothing of the batch can be committed."""
-    bench.fill(20)
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_cancelled_task_commits_no_further_chunk(bench: Bench, workers: int) -> None:
+    """Every chunk's commit is fenced, in every lane: once the record is somebody else's, nothing can be committed."""
+    bench.fill(60)
+    others_hold_chunks = workers > 1 and not bench.under_test.is_sqlite
+    within, cancelled = threading.Semaphore(0), threading.Event()
+    ids: list[UUID] = []
+    standing: list[dict[int, int]] = []
 
     def handle(session: Session, item: Item) -> None:
         item.n += 1
-        if item.id == 8 and not cancelled:
-            run = current_run()
-            assert run is not None
-            cancelled.append(run.id)
-
-    cancelled: list[UUID] = []
-    source = select(Item)
+        run = current_run()
+        assert run is not None
+        ids.append(run.id)
+        if others_hold_chunks and item.id > 5 and item.id % 5 == 1:
+            # The first chunk is committed while each of the others is in the middle of its own.
+            within.release()
+            assert cancelled.wait(30)
 
     def cancel(done: int, total: int | None) -> None:
         # Behind the chunk's commit: SQLite would wait for the chunk itself.
-        if cancelled and done == 10:
-            with bench.outside.begin() as connection:
-                connection.execute(sa.update(TaskRecord).where(TaskRecord.id == cancelled[0]).values(state="cancelled"))
+        if standing or done < 5:
+            return
+        for _ in range(workers - 1 if others_hold_chunks else 0):
+            assert within.acquire(timeout=30)
+        with bench.outside.begin() as connection:
+            connection.execute(sa.update(TaskRecord).where(TaskRecord.id == ids[0]).values(state="cancelled"))
+        standing.append(bench.counts)
+        cancelled.set()
 
-    record = bench.drain(bench.batch_task(lambda: (source, handle), size=5, progress=cancel))
+    source = select(Item)
+    record = bench.drain(bench.batch_task(lambda: (source, handle), size=5, workers=workers, progress=cancel))
 
     assert record.state == "cancelled"
-    assert bench.counts == {number: int(number <= 10) for number in range(1, 21)}
+    assert bench.counts == standing[0]
+    assert 5 <= sum(standing[0].values()) < 60
 
 
 @pytest.mark.drivers("psycopg", "asyncpg")

@@ -1,9 +1,11 @@
 """What the database is asked: cheap when idle, by an index when full, and what is heard of other processes."""
 
+import itertools
 import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from uuid import UUID
 
 import psycopg
@@ -12,9 +14,10 @@ import sqlalchemy as sa
 from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
-from aftercommit import signals
+from aftercommit import TaskRecord, signals
 from aftercommit.records import moves, sweeping, workers
 from aftercommit.records.ids import uuid7
+from aftercommit.runner import listening
 from tests.support.databases import DatabaseUnderTest
 from tests.support.postgres import PostgresServer
 from tests.support.workshop import TIMEOUT, Effect, Heard, Workshop
@@ -34,6 +37,13 @@ def shop(database: DatabaseUnderTest) -> Iterator[Workshop]:
 def effect(session: Session, label: str) -> None:
     """What most tasks here do."""
     session.add(Effect(label=label))
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Look until it is so."""
+    deadline = time.monotonic() + TIMEOUT
+    while not condition():
+        assert time.monotonic() < deadline
 
 
 def wait_until_listening(shop: Workshop) -> None:
@@ -108,6 +118,53 @@ def test_an_idle_application_is_quiet(driver: str):
 
 def _statements(server: PostgresServer) -> list[str]:
     return [line for line in server.log.lines if re.search(r"LOG: +(statement|execute)", line)]
+
+
+@pytest.mark.drivers("psycopg")
+def test_a_burst_of_hand_overs_is_told_of_once(database: DatabaseUnderTest, monkeypatch: pytest.MonkeyPatch):
+    """Many hand-overs in a row make few notifications, far from one for each, and every task is found."""
+    # However slow this machine is, the burst takes less.
+    monkeypatch.setattr(listening, "_BETWEEN_NEWS", 5.0)
+    worker, web = Workshop(database), Workshop(database)
+    worker.task()(effect)
+    task = web.task()(effect)
+    with psycopg.connect(_plain_url(database), autocommit=True) as ear:
+        with worker.running(), Heard(signals.TaskSucceeded) as heard:
+            wait_until_listening(worker)
+            ear.execute("LISTEN aftercommit")
+            with web.running(runs=()):
+                for number in range(100):
+                    web.ask(task, f"{number:03}")
+            heard.wait(signals.TaskSucceeded, count=100)
+        ear.execute("NOTIFY aftercommit, 'the end'")
+        said = list(itertools.takewhile(lambda each: each.payload != "the end", ear.notifies()))
+
+    assert 1 <= sum('"pools": ["default"]' in each.payload for each in said) <= 20
+    assert worker.effects() == [f"{number:03}" for number in range(100)]
+    web.close()
+    worker.close()
+
+
+@pytest.mark.drivers("pysqlite", "aiosqlite")
+def test_polling_alone_finds_the_work_of_others(database: DatabaseUnderTest):
+    """Where nothing can be heard, what others queue after the start is found all the same, again and again."""
+    worker = Workshop(database)
+    worker.task()(effect)
+    web = Workshop(DatabaseUnderTest(url=database.sync_url, driver="pysqlite"))
+    task = web.task()(effect)
+    with worker.running(), web.running(runs=()), Heard(signals.TaskSucceeded) as heard:
+        worker.drain()
+        for number in range(2):
+            web.ask(task, str(number))
+            heard.wait(signals.TaskSucceeded, count=number + 1)
+
+    assert worker.effects() == ["0", "1"]
+    web.close()
+    worker.close()
+
+
+def _plain_url(database: DatabaseUnderTest) -> str:
+    return make_url(database.url).set(drivername="postgresql").render_as_string(hide_password=False)
 
 
 # --- a full queue -------------------------------------------------------------------------------------------------
@@ -236,6 +293,60 @@ def test_finished_records_are_pruned_in_pieces(shop: Workshop):
     assert [record.id for record in shop.records()] == [
         UUID(int=(0x0190000000007000800000000000000 << 4) + n) for n in (2, 3)
     ]
+
+
+def test_a_runner_prunes_what_is_old_enough(database: DatabaseUnderTest, monkeypatch: pytest.MonkeyPatch):
+    """A running process deletes what finished longer than ``keep_finished`` ago, a thousand records at a time."""
+    shop = Workshop(database, keep_finished=60.0)
+    pieces: list[int] = []
+
+    def prune(connection: sa.Connection, *, keep: float, count: int) -> int:
+        pieces.append(really_prune(connection, keep=keep, count=count))
+        return pieces[-1]
+
+    really_prune = workers.prune
+    monkeypatch.setattr(workers, "prune", prune)
+    _plant_finished(database, 2500)
+
+    with shop.running():
+        wait_until(lambda: not shop.sql("SELECT count(*) FROM aftercommit_task"))
+
+    assert [each for each in pieces if each] == [1000, 1000, 500]
+    shop.close()
+
+
+def test_what_is_kept_for_ever_is_not_pruned(database: DatabaseUnderTest):
+    """With ``keep_finished=None`` the runner tidies up as ever, and leaves finished records alone."""
+    shop = Workshop(database, keep_finished=None)
+    _plant_finished(database, 1)
+    # Workers that have been silent for long are forgotten in the same transaction.
+    shop.sql(
+        "INSERT INTO aftercommit_worker (id, host, pid, pools, names, started_at, seen_at) "
+        "VALUES ('01900000000070008000000000000009', 'gone', 1, '[]', '[]', '2020-01-01', '2020-01-01')"
+    )
+
+    with shop.running():
+        wait_until(lambda: not shop.sql("SELECT count(*) FROM aftercommit_worker WHERE host = 'gone'"))
+
+    assert [record.state for record in shop.records()] == ["succeeded"]
+    shop.close()
+
+
+def _plant_finished(database: DatabaseUnderTest, number: int) -> None:
+    """Write records that finished in 2020."""
+    plain = Workshop(DatabaseUnderTest(url=database.sync_url, driver="pysqlite" if database.is_sqlite else "psycopg"))
+    plain.db.create_tables()
+    long_ago = datetime(2020, 1, 1, tzinfo=UTC)
+    with Session(plain.outside) as session, session.begin():
+        session.execute(
+            sa.insert(TaskRecord),
+            [
+                {"id": uuid7(), "task": "effect", "pool": "default", "state": "succeeded", "arguments": {},
+                 "run_at": long_ago, "enqueued_at": long_ago, "finished_at": long_ago}
+                for _ in range(number)
+            ],
+        )  # fmt: skip
+    plain.close()
 
 
 @pytest.mark.drivers("psycopg")

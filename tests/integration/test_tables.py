@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from fastapi import FastAPI
-from sqlalchemy import Engine, create_engine, inspect
+from sqlalchemy import Engine, create_engine, inspect, text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from aftercommit import Database, TaskRecord
@@ -68,3 +68,20 @@ def test_tables_of_the_application_are_made_along_with_ours(database: DatabaseUn
     db.dispose()
 
     assert "shelf" in names_in(database)
+
+
+@pytest.mark.drivers("psycopg", "asyncpg")
+def test_postgresql_is_told_how_to_vacuum_the_queue(database: DatabaseUnderTest) -> None:
+    """The table of tasks is made with room on its pages, and is vacuumed long before a fifth of it is dead."""
+    asyncio.run(make(database))
+
+    engine = create_engine(database.sync_url)
+    with engine.connect() as connection:
+        options = connection.scalar(text("SELECT reloptions FROM pg_class WHERE relname = 'aftercommit_task'"))
+    engine.dispose()
+    assert sorted(options) == [
+        "autovacuum_analyze_scale_factor=0.02",
+        "autovacuum_vacuum_scale_factor=0.02",
+        "autovacuum_vacuum_threshold=1000",
+        "fillfactor=80",
+    ]

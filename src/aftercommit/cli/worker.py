@@ -7,7 +7,8 @@ import contextlib
 import importlib
 import logging
 import signal
-from typing import TYPE_CHECKING, Annotated
+from functools import partial
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -15,9 +16,13 @@ from aftercommit.cli.target import DatabaseOption, fail, load
 from aftercommit.errors import AfterCommitError
 
 if TYPE_CHECKING:
+    from types import FrameType
+
     from aftercommit.database import Database
 
 logger = logging.getLogger("aftercommit.worker")
+
+_STOPPING: Final = (signal.SIGTERM, signal.SIGINT)
 
 
 def worker(  # noqa: PLR0917  # options of a command
@@ -47,8 +52,10 @@ def worker(  # noqa: PLR0917  # options of a command
 async def _serve(db: Database, pools: tuple[str, ...] | None, grace: float) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, _stop, stop, number)
+    for number in _STOPPING:
+        # Not the loop's own handlers: they go when it closes, and what came then would kill a process that has stopped
+        # in order.
+        signal.signal(number, partial(_heard, loop, stop))
     try:
         async with db.running(runs=pools, grace=grace):
             runner = db.runner
@@ -61,7 +68,15 @@ async def _serve(db: Database, pools: tuple[str, ...] | None, grace: float) -> N
     finally:
         with contextlib.suppress(Exception):
             await db.async_dispose()
+    for number in _STOPPING:
+        # Python takes its handlers away, too, before the process has ended; what is ignored stays ignored.
+        signal.signal(number, signal.SIG_IGN)
     logger.info("Stopped")
+
+
+def _heard(loop: asyncio.AbstractEventLoop, stop: asyncio.Event, number: int, _frame: FrameType | None) -> None:
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(_stop, stop, number)
 
 
 def _stop(stop: asyncio.Event, number: int) -> None:
