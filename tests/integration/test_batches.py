@@ -294,6 +294,23 @@ def test_a_chunk_loads_its_rows_with_one_statement(bench: Bench) -> None:
     assert len([each for each in sent if "FROM item" in each]) == 2
 
 
+def test_a_chunk_of_a_select_loads_its_rows_with_one_statement(bench: Bench) -> None:
+    """The rows of a page come with one SELECT; the keys of several pages ahead with another."""
+    bench.fill(100)
+    pool = bench.db.engine("default") if bench.loop is None else bench.db.async_engine("default").sync_engine
+    sent: list[str] = []
+    sa.event.listen(pool, "before_cursor_execute", lambda _c, _k, statement, *_: sent.append(statement))
+
+    report = bench.run(select(Item), count_up, size=50, progress=False)
+
+    selects = [each for each in sent if each.startswith("SELECT") and "FROM item" in each]
+    keys = [each for each in selects if each.startswith("SELECT DISTINCT")]
+    assert report.succeeded == 100
+    assert len(selects) - len(keys) == 2
+    # One for both pages, and one that finds nothing behind them.
+    assert len(keys) == 2
+
+
 def test_values_and_generators(bench: Bench) -> None:
     """Any values will do, also those that a generator makes while the batch runs."""
 
@@ -572,6 +589,24 @@ def test_hopeless_batch_stops_early_and_says_so(bench: Bench) -> None:
 
     assert (caught.value.report.succeeded, caught.value.report.failed) == (5, 5)
     assert sorted(bench.notes) == [6, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_hopeless_batch_fails_its_task_and_says_so(bench: Bench, workers: int) -> None:
+    """In a task, on one lane or several, past max_failures: the record is failed, with the error and the number."""
+    bench.fill(60)
+
+    task = bench.batch_task(
+        lambda: (select(Item), failing(*range(1, 61))), size=5, workers=workers, on_error=mark, max_failures=3
+    )
+    record = bench.drain(task)
+
+    assert (record.state, record.attempt, bench.reports) == ("failed", 1, [])
+    assert "BatchStopped" in (record.error or "")
+    assert "max_failures=3" in (record.error or "")
+    # A chunk that was under way on each lane, and no more.
+    assert 5 <= len(bench.notes) <= 5 * workers
+    assert len(bench.notes) % 5 == 0
 
 
 def test_on_error_that_fails_stops_the_batch(bench: Bench) -> None:
