@@ -1,9 +1,14 @@
 """Batches: short transactions, one bad record costs nothing to the others, and nothing is done twice or left out."""
 
 import asyncio
+import os
+import re
+import subprocess
+import sys
 import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from typing import Any, Self
 from uuid import UUID
 
@@ -1064,6 +1069,35 @@ def test_bar_is_shown_where_it_is_asked_for(bench: Bench, capsys: pytest.Capture
 
     assert silent == ""
     assert "7/7" in capsys.readouterr().err
+
+
+ON_A_TERMINAL = """
+import sys
+from aftercommit import Database
+
+db = Database(sys.argv[1])
+db.run_batch(range(50), lambda session, number: None, size=1)
+"""
+
+
+@pytest.mark.drivers("pysqlite")
+def test_a_terminal_sees_rate_and_remaining_time(bench: Bench) -> None:
+    """On a terminal a bar is drawn without being asked for, with the count, the rate and the time that is left."""
+    ours, theirs = os.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", ON_A_TERMINAL, bench.under_test.url],
+        stdin=subprocess.DEVNULL, stderr=theirs, env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )  # fmt: skip
+    os.close(theirs)
+    seen = b""
+    with suppress(OSError):  # how a terminal says that nobody is at its other end any more
+        while piece := os.read(ours, 4096):
+            seen += piece
+    os.close(ours)
+
+    assert child.wait(30) == 0
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
+    assert re.search(r"50/50 +\d+/s +\d:\d\d:\d\d", drawn), drawn
 
 
 # --- width ------------------------------------------------------------------------------------------------------
