@@ -175,6 +175,17 @@ def test_reference_is_complete(page: str, names: set[str]) -> None:
     assert names - in_code(reference(page)) == set()
 
 
+@pytest.mark.parametrize("kind", [Database, PoolSettings])
+def test_defaults_are_those_of_the_code(kind: type) -> None:
+    """A figure that the reference gives as a default is the one that an application gets."""
+    signature = inspect.signature(kind).parameters
+    rows = re.findall(r"^\| `(\w+)` \| `?([\w.]+)`? \|", reference("database"), re.MULTILINE)
+    listed = {name: default for name, default in rows if name in signature and re.fullmatch(r"-?\d+(\.\d+)?", default)}
+
+    assert len(listed) >= 3
+    assert listed == {name: str(signature[name].default) for name in listed}
+
+
 def test_signals_are_listed_with_all_their_fields() -> None:
     """A subscriber finds every field of a payload, and none that is not there."""
     rows = dict(re.findall(r"^\| `(\w+)` \| [^|]+ \| ([^|]*) \|$", reference("signals"), re.MULTILINE))

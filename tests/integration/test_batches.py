@@ -1,9 +1,14 @@
 """Batches: short transactions, one bad record costs nothing to the others, and nothing is done twice or left out."""
 
 import asyncio
+import os
+import re
+import subprocess
+import sys
 import threading
 import tracemalloc
 from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
 from typing import Any, Self
 from uuid import UUID
 
@@ -294,6 +299,23 @@ def test_a_chunk_loads_its_rows_with_one_statement(bench: Bench) -> None:
     assert len([each for each in sent if "FROM item" in each]) == 2
 
 
+def test_a_chunk_of_a_select_loads_its_rows_with_one_statement(bench: Bench) -> None:
+    """The rows of a page come with one SELECT; the keys of several pages ahead with another."""
+    bench.fill(100)
+    pool = bench.db.engine("default") if bench.loop is None else bench.db.async_engine("default").sync_engine
+    sent: list[str] = []
+    sa.event.listen(pool, "before_cursor_execute", lambda _c, _k, statement, *_: sent.append(statement))
+
+    report = bench.run(select(Item), count_up, size=50, progress=False)
+
+    selects = [each for each in sent if each.startswith("SELECT") and "FROM item" in each]
+    keys = [each for each in selects if each.startswith("SELECT DISTINCT")]
+    assert report.succeeded == 100
+    assert len(selects) - len(keys) == 2
+    # One for both pages, and one that finds nothing behind them.
+    assert len(keys) == 2
+
+
 def test_values_and_generators(bench: Bench) -> None:
     """Any values will do, also those that a generator makes while the batch runs."""
 
@@ -572,6 +594,24 @@ def test_hopeless_batch_stops_early_and_says_so(bench: Bench) -> None:
 
     assert (caught.value.report.succeeded, caught.value.report.failed) == (5, 5)
     assert sorted(bench.notes) == [6, 7, 8, 9, 10]
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_a_hopeless_batch_fails_its_task_and_says_so(bench: Bench, workers: int) -> None:
+    """In a task, on one lane or several, past max_failures: the record is failed, with the error and the number."""
+    bench.fill(60)
+
+    task = bench.batch_task(
+        lambda: (select(Item), failing(*range(1, 61))), size=5, workers=workers, on_error=mark, max_failures=3
+    )
+    record = bench.drain(task)
+
+    assert (record.state, record.attempt, bench.reports) == ("failed", 1, [])
+    assert "BatchStopped" in (record.error or "")
+    assert "max_failures=3" in (record.error or "")
+    # A chunk that was under way on each lane, and no more.
+    assert 5 <= len(bench.notes) <= 5 * workers
+    assert len(bench.notes) % 5 == 0
 
 
 def test_on_error_that_fails_stops_the_batch(bench: Bench) -> None:
@@ -1041,6 +1081,35 @@ def test_bar_is_shown_where_it_is_asked_for(bench: Bench, capsys: pytest.Capture
 
     assert silent == ""
     assert "7/7" in capsys.readouterr().err
+
+
+ON_A_TERMINAL = """
+import sys
+from aftercommit import Database
+
+db = Database(sys.argv[1])
+db.run_batch(range(50), lambda session, number: None, size=1)
+"""
+
+
+@pytest.mark.drivers("pysqlite")
+def test_a_terminal_sees_rate_and_remaining_time(bench: Bench) -> None:
+    """On a terminal a bar is drawn without being asked for, with the count, the rate and the time that is left."""
+    ours, theirs = os.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-c", ON_A_TERMINAL, bench.under_test.url],
+        stdin=subprocess.DEVNULL, stderr=theirs, env={**os.environ, "TERM": "xterm", "COLUMNS": "120"},
+    )  # fmt: skip
+    os.close(theirs)
+    seen = b""
+    with suppress(OSError):  # how a terminal says that nobody is at its other end any more
+        while piece := os.read(ours, 4096):
+            seen += piece
+    os.close(ours)
+
+    assert child.wait(30) == 0
+    drawn = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
+    assert re.search(r"50/50 +\d+/s +\d:\d\d:\d\d", drawn), drawn
 
 
 # --- width ------------------------------------------------------------------------------------------------------

@@ -52,6 +52,7 @@ class UserJoined:
     """An event as a dataclass."""
 
     user: int
+    source: str = "web"
 
 
 class Post:
@@ -194,6 +195,30 @@ def test_tasks_of_an_event_are_written_with_one_statement(post: Post) -> None:
     assert len([each for each in sent if each.startswith("INSERT INTO aftercommit_task")]) == 1
     assert not [each for each in sent if "aftercommit_event" in each]
     assert len(post.records) == 5
+
+
+def test_keys_cost_the_publisher_one_statement_more(post: Post) -> None:
+    """However many events with a key a transaction publishes, their keys are one INSERT, beside that of the tasks."""
+    two_handlers(post, [])
+    pool = post.db.engine() if post.loop is None else post.db.async_engine().sync_engine
+    sent: list[str] = []
+
+    def body(session: Any, count: int) -> None:
+        for number in range(count):
+            post.db.publish(session, OrderCreated(order=number), key=f"{count}-{number}")
+        post.db.publish(session, OrderCreated(order=-1))
+
+    post.commit(lambda session: body(session, 0))  # opens the connection
+    sa.event.listen(pool, "before_cursor_execute", lambda _c, _k, statement, *_: sent.append(statement))
+    post.commit(lambda session: body(session, 0))
+    without = len(sent)
+    post.commit(lambda session: body(session, 1))
+    with_one = len(sent) - without
+    post.commit(lambda session: body(session, 3))
+
+    assert with_one == without + 1
+    assert len(sent) - without - with_one == with_one
+    assert len([each for each in sent if each.startswith("INSERT INTO aftercommit_event")]) == 2
 
 
 def test_an_event_that_nobody_handles_is_legal(post: Post) -> None:
@@ -365,6 +390,29 @@ def test_a_payload_that_cannot_be_read_fails_its_handler_only(post: Post) -> Non
     failed = next(record for record in post.records if record.task == "keep_stock")
     assert failed.state == "failed"
     assert "PayloadError" in (failed.error or "")
+
+
+def test_old_payloads_of_a_dataclass(post: Post) -> None:
+    """A dataclass event loads without a field that has a default; what it cannot load fails that handler only."""
+    seen: list[tuple[str, UserJoined]] = []
+
+    @post.on(UserJoined)
+    def welcome(session: Session, event: UserJoined) -> None:
+        seen.append(("welcome", event))
+
+    @post.on(UserJoined)
+    def count(session: Session, event: UserJoined) -> None:
+        seen.append(("count", event))
+
+    post.commit(lambda session: post.db.publish(session, UserJoined(user=1, source="mail")))
+    with Session(post.outside) as session, session.begin():
+        for record in session.scalars(select(TaskRecord)):
+            record.arguments = {"event": {"user": 1} if record.task == "welcome" else {"source": "mail"}}
+    post.drain()
+
+    assert seen == [("welcome", UserJoined(user=1, source="web"))]
+    states = {record.task: (record.state, "PayloadError" in (record.error or "")) for record in post.records}
+    assert states == {"welcome": ("succeeded", False), "count": ("failed", True)}
 
 
 @pytest.mark.drivers("pysqlite")

@@ -176,6 +176,7 @@ def test_the_write_lock_of_sqlite_is_reported_after_a_second(database: DatabaseU
 
     assert isinstance(signal, signals.ConnectionHeld)
     assert signal.locked
+    assert signal.seconds >= 1.0
 
 
 @pytest.mark.drivers("psycopg", "pysqlite")
@@ -215,6 +216,93 @@ def test_a_task_may_hold_its_connection_for_its_timeout(database: DatabaseUnderT
     rest = [told.get() for _ in range(told.qsize())]
     assert not any("patient" in each.owner for each in rest if isinstance(each, signals.ConnectionHeld))
     db.dispose()
+
+
+# --- how long is too long -----------------------------------------------------------------------------------------
+
+
+class Clock:
+    """The clock by which holds are measured, moved by hand."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def monotonic(self) -> float:
+        """Seconds."""
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    """A clock that stands still until it is moved."""
+    made = Clock()
+    monkeypatch.setattr("aftercommit.pools.register.time", made)
+    return made
+
+
+def kinds_after(db: Database, told: Told, clock: Clock, seconds: float) -> list[str]:
+    """What a round tells that comes so many seconds later."""
+    clock.now += seconds
+    db.sessions.pools.report_late()
+    return [type(told.get_nowait()).__name__ for _ in range(told.qsize())]
+
+
+@sync_drivers
+def test_ten_seconds_are_too_long_unless_the_pool_says_otherwise(
+    database: DatabaseUnderTest, told: Told, clock: Clock
+) -> None:
+    """By default a connection may be held for ten seconds; ``warn_after`` is another figure for one pool."""
+    db = Database(database.url, pools={"files": PoolSettings(warn_after=60.0)})
+
+    with db.session() as session, db.session("files") as patient:
+        session.execute(text("SELECT 1"))
+        patient.execute(text("SELECT 1"))
+        assert kinds_after(db, told, clock, 9.9) == []
+        assert kinds_after(db, told, clock, 0.2) == ["ConnectionHeld"]
+        assert kinds_after(db, told, clock, 49.8) == []
+        assert kinds_after(db, told, clock, 0.2) == ["ConnectionHeld"]
+    db.dispose()
+
+
+@pytest.mark.drivers("pysqlite")
+def test_one_second_is_too_long_for_the_write_lock(database: DatabaseUnderTest, told: Told, clock: Clock) -> None:
+    """A connection that has SQLite's write lock is reported after one second with it, however old it is."""
+    db = Database(database.url, pool=PoolSettings(warn_after=60.0))
+
+    with db.session() as session:
+        session.execute(text("SELECT 1"))
+        assert kinds_after(db, told, clock, 5.0) == []
+        session.execute(text("CREATE TABLE held (id INTEGER)"))
+        assert kinds_after(db, told, clock, 0.9) == []
+        assert kinds_after(db, told, clock, 0.2) == ["ConnectionHeld"]
+    db.dispose()
+
+
+@pytest.mark.drivers("psycopg", "asyncpg")
+def test_a_task_that_exceeds_its_own_timeout_is_reported(database: DatabaseUnderTest, told: Told, clock: Clock) -> None:
+    """A task's ``timeout`` stands in for ``warn_after``: beyond that it is let alone, beyond its own it is not."""
+    shop = Workshop(database)
+    rounds: list[list[str]] = []
+
+    @shop.task(timeout=60.0)
+    def long(session: Session, label: str) -> None:
+        session.execute(text("SELECT 1"))
+        rounds.extend(kinds_after(shop.db, told, clock, seconds) for seconds in (11.0, 48.9))
+        # The watchman makes his own rounds, too: whoever comes first tells of it.
+        clock.now += 0.2
+        shop.db.sessions.pools.report_late()
+        held.append(told.get(timeout=30))
+
+    held: list[signals.Signal] = []
+    with shop.running():
+        id = shop.ask(long)
+        shop.drain()
+    shop.close()
+
+    assert rounds == [[], []]
+    assert isinstance(held[0], signals.ConnectionHeld)
+    assert held[0].owner.startswith(f"task 'long', attempt 1, id {id}")
+    assert 60.0 < held[0].seconds < 61.0
 
 
 # --- by whom, and where ------------------------------------------------------------------------------------------

@@ -250,6 +250,25 @@ def test_options_that_cannot_be_are_refused_at_construction(url: str, options: d
 
 
 @pytest.mark.parametrize(
+    "options",
+    [
+        {"heartbeat": 10.1},
+        {"silent_after": 14.9},
+        {"heartbeat": 0.0},
+        {"heartbeat": -1.0},
+        {"heartbeat": 2, "silent_after": 5},
+    ],
+)
+def test_a_worker_must_be_able_to_miss_a_heartbeat(options: dict[str, float]):
+    """A heartbeat above a third of ``silent_after`` would have tasks taken from workers that live; it is refused."""
+    with pytest.raises(ConfigurationError, match="at least three times heartbeat"):
+        Database(SQLITE, **options)  # type: ignore[arg-type]
+
+    assert Database(SQLITE, heartbeat=10.0)
+    assert Database(SQLITE, silent_after=15.0)
+
+
+@pytest.mark.parametrize(
     ("url", "options"),
     [
         (POSTGRES, {"engine_options": {"connect_args": {"prepare_threshold": None, "connect_timeout": 3}}}),

@@ -5,7 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from uuid import UUID
 
 import psycopg
@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from aftercommit import TaskRecord, signals
 from aftercommit.records import moves, sweeping, workers
 from aftercommit.records.ids import uuid7
+from aftercommit.records.tables import WorkerRecord
 from aftercommit.runner import listening
 from tests.support.databases import DatabaseUnderTest
 from tests.support.postgres import PostgresServer
@@ -271,6 +272,36 @@ def test_two_of_one_key_are_rescued_together(shop: Workshop):
 
     assert len(rescued) == 2
     assert sorted(str(record.queued_key) for record in shop.records()) == ["None", "k"]
+
+
+@pytest.mark.drivers("psycopg", "pysqlite")
+def test_a_worker_is_given_thirty_seconds_by_default(shop: Workshop):
+    """The tasks of a worker that was last seen 31 s ago are rescued; those of one seen 20 s ago are let alone."""
+    shop.db.create_tables()
+    silent, alive = uuid7(), uuid7()
+    now = datetime.now(UTC)
+    with Session(shop.outside) as session:
+        for worker, ago in ((silent, 31), (alive, 20)):
+            seen = now - timedelta(seconds=ago)
+            session.add(
+                WorkerRecord(id=worker, host="h", pid=1, started_at=seen, seen_at=seen, pools=["default"], names=[])
+            )
+            # Nobody here knows the name, so that nobody runs it once it is queued.
+            session.add(
+                TaskRecord(
+                    id=uuid7(), task="elsewhere", pool="default", state="running", arguments={}, run_at=seen,
+                    enqueued_at=seen, attempt=1, claims=1, worker=worker, max_attempts=5,
+                )
+            )  # fmt: skip
+            session.flush()
+        session.commit()
+    ids = {record.worker: record.id for record in shop.records()}
+
+    with Heard(signals.TasksRescued) as heard, shop.running():
+        rescued = heard.wait(signals.TasksRescued)
+
+    assert (rescued.requeued, rescued.failed) == ((ids[silent],), ())
+    assert (shop.record(ids[silent]).state, shop.record(ids[alive]).state) == ("queued", "running")
 
 
 @pytest.mark.drivers("psycopg", "pysqlite")

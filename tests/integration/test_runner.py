@@ -734,6 +734,29 @@ def test_an_async_task_that_takes_too_long_is_cancelled(shop: Workshop, heard: H
     assert (shop.record(id).state, "TaskTimeout" in (shop.record(id).error or "")) == ("failed", True)
 
 
+@pytest.mark.drivers("psycopg", "asyncpg", "aiosqlite")
+def test_nothing_of_an_async_task_that_takes_too_long_lands(shop: Workshop, heard: Heard):
+    """What its session has written by then is rolled back, and its connection comes back."""
+    written = threading.Event()
+
+    @shop.db.task(name="slow", timeout=0.2)
+    async def slow(session: AsyncSession) -> None:
+        session.add(Effect(label="never"))
+        await session.flush()
+        written.set()
+        await asyncio.Event().wait()
+
+    with shop.running():
+        shop.ask(slow)
+        failed = heard.wait(signals.TaskFailed)
+        shop.drain()
+        checked_out = shop.db.async_engine("default").pool.checkedout()  # type: ignore[attr-defined]
+
+    assert isinstance(failed.error, TaskTimeout)
+    assert written.is_set()
+    assert (shop.effects(), checked_out) == ([], 0)
+
+
 @sync_drivers
 def test_a_sync_task_is_told_at_its_next_statement(shop: Workshop, heard: Heard):
     """A ``def`` task whose time is over gets TaskTimeout from its next statement, and nothing of it lands."""

@@ -21,6 +21,13 @@ postgres_drivers = pytest.mark.drivers("psycopg", "asyncpg")
 sync_drivers = pytest.mark.drivers("psycopg", "pysqlite")
 
 
+@dataclasses.dataclass(frozen=True)
+class Joined:
+    """An event."""
+
+    user: int
+
+
 @pytest.fixture
 def shop(database: DatabaseUnderTest) -> Iterator[Workshop]:
     """A workshop on each driver in turn, with a pool in which one task runs at a time."""
@@ -270,6 +277,48 @@ def test_a_conflict_shows_and_costs_no_attempt(shop: Workshop) -> None:
     assert (shop.sql("SELECT n FROM counter"), shop.record(id).attempt) == (2, 1)
     assert (task.conflicts, task.retried, task.done) == (1, 0, 1)
     assert (task.run.count, task.wait.count) == (1, 1)
+
+
+@pytest.mark.drivers("psycopg", "asyncpg")
+def test_a_row_that_two_create_at_once_shows_too(shop: Workshop) -> None:
+    """Of two handlers that create the same missing row, the later one is repeated, sees it, and is counted for that."""
+    both_looked = threading.Barrier(2)
+    found: list[int | None] = []
+
+    def look(session: Session) -> Counter | None:
+        row = session.get(Counter, 1)
+        found.append(None if row is None else row.n)
+        return row
+
+    def count(session: Session, row: Counter | None) -> None:
+        if row is None:
+            row = Counter(id=1, n=0)
+            session.add(row)
+        row.n += 1
+
+    def meet() -> None:
+        if len(found) <= 2:
+            both_looked.wait(TIMEOUT)
+
+    def plain(session: Session, event: Joined) -> None:
+        row = look(session)
+        meet()
+        count(session, row)
+
+    async def native(session: AsyncSession, event: Joined) -> None:
+        row = await session.run_sync(look)
+        await asyncio.to_thread(meet)
+        await session.run_sync(count, row)
+
+    shop.db.on(Joined, name="count")(native if shop.is_async else plain)  # type: ignore[arg-type]
+    with shop.running():
+        shop.commit(lambda session: [shop.db.publish(session, Joined(user=user)) for user in (1, 2)] and None)
+        shop.drain()
+        task = shop.db.stats().tasks["count"]
+
+    assert (shop.sql("SELECT n FROM counter"), found) == (2, [None, None, 1])
+    assert (task.done, task.retried, task.failed, task.conflicts) == (2, 0, 0, 1)
+    assert [record.attempt for record in shop.records()] == [1, 1]
 
 
 @pytest.mark.drivers("psycopg")

@@ -1,8 +1,35 @@
 """Subscribers come and go."""
 
+import dataclasses
+import inspect
+import re
 from uuid import UUID
 
+import pytest
+
 from aftercommit import signals
+
+# Of the module, and not by `__subclasses__`: with slots each class is made twice, and the first one stays in there.
+KINDS = [each for each in vars(signals).values() if inspect.isclass(each) and issubclass(each, signals.Signal)]
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
+def test_every_payload_is_frozen_and_says_what_it_carries(kind: type[signals.Signal]):
+    """No subscriber can change what the next one gets; each class has a docstring with a line for each field."""
+    document = vars(kind)["__doc__"]
+    own = {name for name in inspect.get_annotations(kind) if not name.startswith("_")}
+
+    assert "__dataclass_params__" in vars(kind)
+    assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
+    assert all(field.kw_only for field in dataclasses.fields(kind))
+    assert not document.startswith(f"{kind.__name__}(")
+    assert set(re.findall(r"^ {8}(\w+): ", document, re.MULTILINE)) == own
+    assert {field.name for field in dataclasses.fields(kind)} >= own
+
+
+def test_every_payload_is_public():
+    """Every class of payload is exported, and so listed in the reference, which is held against these names."""
+    assert {kind.__name__ for kind in KINDS} <= set(signals.__all__)
 
 
 def test_a_method_can_be_unsubscribed():

@@ -314,7 +314,9 @@ class Batch:
                 graver = isinstance(self._error, Exception) and not isinstance(error, Exception)
                 if self._error is None or graver:
                     self._error = error
-        self._flavour.hurry(abort=not isinstance(error, Exception))
+        # A lane that merely saw that another has ended the batch cancels nobody: what is cancelled has an error of its
+        # own, which would be taken for the batch's.
+        self._flavour.hurry(abort=not isinstance(error, Exception | _Ended))
 
     def _serve(self, lane: Lane, *, is_lent: bool = False) -> None:
         """Take one chunk after the other, until none is left, or a task waits for the place that was lent."""
