@@ -1,7 +1,7 @@
 """A worker on a host whose clock is wrong: ``python -m tests.crash.clock_child URL DRIVER SECONDS FIFO``.
 
-Its clock is SECONDS ahead, or behind if negative. It runs the pool ``there`` until it is killed, and hands over one
-task of its own. It writes ``READY``, ``AT the gate`` and ``RESCUED``.
+Its clock is SECONDS ahead, or behind if negative. It runs the pools ``there`` and ``delayed`` until it is killed, and
+hands over one task of its own. It writes ``READY``, ``AT the gate`` and ``RESCUED``.
 """
 
 import datetime as dt
@@ -53,7 +53,7 @@ def make(url: str, driver: str, gates: Any) -> Any:
         DatabaseUnderTest(url=url, driver=driver),
         heartbeat=HEARTBEAT,
         silent_after=SILENT_AFTER,
-        pools={"here": PoolSettings(), "there": PoolSettings()},
+        pools={"here": PoolSettings(), "there": PoolSettings(), "delayed": PoolSettings()},
     )
 
     @shop.task(pool="here", gate=gates["here"])
@@ -64,7 +64,8 @@ def make(url: str, driver: str, gates: Any) -> Any:
     def there(session: Session, label: str) -> None:
         session.add(Effect(label=label))
 
-    @shop.task(pool="there")
+    # In a pool of its own, because tasks that are not yet due have the others of their pool claimed in another way.
+    @shop.task(pool="delayed")
     def quick(session: Session, label: str) -> None:
         session.add(Effect(label=label))
 
@@ -85,7 +86,7 @@ def main() -> None:
     # What the gate says of itself is in the same place for every child.
     sys.argv[3] = "the gate"
     shop, _, _, quick = make(url, driver, {"here": None, "there": Fifo(fifo)})
-    with shop.running(runs=["there"]):
+    with shop.running(runs=["there", "delayed"]):
         shop.ask(quick.with_options(delay=LATER), "too early, by the clock of its asker")
         print("READY", flush=True)  # noqa: T201  # the parent reads it
         threading.Event().wait()
