@@ -8,6 +8,7 @@ from types import FrameType
 import pytest
 
 from tests.support import chromium as browser
+from tests.support import pgbouncer
 from tests.support.databases import DRIVERS, DatabaseUnderTest
 from tests.support.postgres import PostgresServer
 
@@ -94,8 +95,12 @@ def pytest_runtest_makereport(
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Say loudly that the browser tests were left out."""
+    """Say loudly that the browser tests, or those through a real PgBouncer, were left out."""
     skipped = terminalreporter.stats.get("skipped", [])
     if any(browser.MISSING in str(report.longrepr) for report in skipped):
         terminalreporter.write_sep("!", "browser tests left out", red=True, bold=True)
         terminalreporter.write_line(browser.MISSING, red=True)
+    ran = (report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, []))
+    if pgbouncer.find() is None and any("contract/test_pooler.py" in report.nodeid for report in ran):
+        terminalreporter.write_sep("!", "tests through PgBouncer left out", red=True, bold=True)
+        terminalreporter.write_line(pgbouncer.MISSING, red=True)

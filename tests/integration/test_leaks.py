@@ -168,6 +168,28 @@ def test_a_session_that_was_never_used_is_reported_too(db: Database, heard: Hear
     assert len(heard.of(signals.SessionLeaked)) == 1
 
 
+@sync_drivers
+def test_a_dropped_connection_of_the_engine_comes_back_clean(database: DatabaseUnderTest, db: Database) -> None:
+    """One that was taken by hand is named while it is held; dropped, it is rolled back and the pool has it again."""
+
+    def take() -> sa.Connection:
+        connection = db.engine().connect()
+        connection.execute(sa.insert(Effect).values(label="never"))
+        return connection
+
+    connection = take()
+    (holder,) = db.stats().pools["request"].holders
+    del connection
+    gc.collect()
+
+    assert str(holder.line).endswith("in take")
+    assert db.engine().pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert db.stats().pools["request"].holders == ()
+    assert idle_in_transaction(database) == 0
+    with db.session() as session:
+        assert session.scalars(sa.select(Effect)).all() == []
+
+
 # --- async ------------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +228,64 @@ async def backend(db: Database) -> int:
     async with db.async_engine().connect() as connection:
         raw = await connection.get_raw_connection()
         return id(raw.driver_connection)
+
+
+@async_drivers
+async def test_a_session_lost_in_a_cancelled_coroutine_is_reported(
+    database: DatabaseUnderTest, adb: Database, heard: Heard
+) -> None:
+    """A coroutine that is cancelled while it has a session entered by hand loses it: told, and rolled back."""
+    returned = returned_to(adb.async_engine().sync_engine)
+    has_it = asyncio.Event()
+
+    async def lose() -> None:
+        session = await async_enter(adb)
+        has_it.set()
+        await asyncio.Event().wait()
+        await session.commit()
+
+    task = asyncio.create_task(lose())
+    await has_it.wait()
+    task.cancel()
+    # Not by awaiting it: the error would come here, and its traceback keep the session.
+    await asyncio.wait([task])
+    assert task.cancelled()
+    del task
+    gc.collect()
+    await asyncio.to_thread(returned.get, timeout=TIMEOUT)
+
+    (leaked,) = heard.of(signals.SessionLeaked)
+    assert str(leaked.line).endswith("in async_enter")
+    assert adb.async_engine().pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert idle_in_transaction(database) == 0
+    async with adb.async_session() as session:
+        assert (await session.scalars(sa.select(Effect))).all() == []
+
+
+@async_drivers
+async def test_a_cancelled_scope_is_no_leak(database: DatabaseUnderTest, adb: Database, heard: Heard) -> None:
+    """A coroutine that is cancelled inside ``async with`` ends its session: rolled back, and nothing to report."""
+    has_it = asyncio.Event()
+
+    async def use() -> None:
+        async with adb.async_session() as session:
+            session.add(Effect(label="never"))
+            await session.flush()
+            has_it.set()
+            await asyncio.Event().wait()
+
+    task = asyncio.create_task(use())
+    await has_it.wait()
+    task.cancel()
+    # Not by awaiting it: the error would come here, and its traceback keep the session.
+    await asyncio.wait([task])
+    assert task.cancelled()
+    del task
+    gc.collect()
+
+    assert heard.of(signals.SessionLeaked) == []
+    assert adb.async_engine().pool.checkedout() == 0  # type: ignore[attr-defined]
+    assert idle_in_transaction(database) == 0
 
 
 @async_drivers

@@ -187,6 +187,34 @@ def test_asking_takes_no_connection(shop: Workshop) -> None:
     assert sent == []
 
 
+@sync_drivers
+def test_asking_waits_for_nobody(database: DatabaseUnderTest) -> None:
+    """While every connection is held and a thread waits for one, it answers at once, to any thread, and says so."""
+    db = Database(database.url, pool=PoolSettings(1, 0, pool_timeout=TIMEOUT * 10))
+    answers: list[Stats] = []
+
+    def wait() -> None:
+        with db.session() as session:
+            session.execute(sa.text("SELECT 2"))
+
+    with db.session() as session:
+        session.execute(sa.text("SELECT 1"))
+        waiter = threading.Thread(target=wait)
+        waiter.start()
+        while not db.stats().pools["request"].waiting:
+            assert waiter.is_alive()
+        asking = threading.Thread(target=lambda: answers.append(db.stats()), daemon=True)
+        asking.start()
+        asking.join(TIMEOUT)
+        was_waiting = waiter.is_alive()
+    waiter.join(TIMEOUT)
+
+    (stats,) = answers
+    assert was_waiting
+    assert (stats.pools["request"].in_use, stats.pools["request"].waiting) == (1, 1)
+    db.dispose()
+
+
 # --- tasks --------------------------------------------------------------------------------------------------------
 
 
