@@ -189,8 +189,6 @@ def test_once_means_once_even_at_a_stop(shop: Workshop):
     assert (record.state, "interrupted" in (record.error or ""), shop.effects()) == ("failed", True, [])
 
 
-# A thread that keeps SQLite's one write lock keeps it from the stop, too: there the record is left to a rescue.
-@pytest.mark.drivers("psycopg", "asyncpg", "aiosqlite")
 def test_a_stop_that_interrupts_leaves_no_connection_out_and_nothing_pending(database: DatabaseUnderTest):
     """After a stop that a task with an open transaction outlives, every pool has all its connections back."""
     shop = Workshop(database, heartbeat=0.2, silent_after=30.0)

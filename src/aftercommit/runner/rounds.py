@@ -209,7 +209,8 @@ class Rounds:
             self._is_down = False
             logger.warning("The database answers again")
             signals.emit(signals.DatabaseUp(seconds=time.monotonic() - self._down_since))
-            # What happened meanwhile, nobody told us.
+            # What happened meanwhile, nobody told us: look at once, and not with the next heartbeat.
+            self._next_poll = 0.0
             for lane in self._runner.lanes.values():
                 lane.expect()
 

@@ -187,6 +187,9 @@ class Runner:
             if run.task.is_async and run.connection is not None:
                 # It may be the server that does not answer, and a loop does not close before its last task has ended.
                 network.cut(run.connection)
+            elif self.sessions.pools.is_sqlite and not run.is_finishing:
+                # It may hold the write lock, and what is given back has to be written.
+                _take_connection(run, is_sqlite=True)
         await self._hand_back(hanging)
         return len(leftover)
 
