@@ -667,8 +667,8 @@ def test_who_waits_for_the_lock_comes_before_who_had_it(sqlite_url: str):
     with db.engine().connect() as connection:
         connection.execute(text("INSERT INTO entry (who) VALUES ('first')"))
         thread.start()
-        while not _is_in_the_driver(thread):
-            pass
+        while not _asks_for_the_lock(thread):
+            assert thread.is_alive()
         # Enough work for SQLite to have looked a few times: it looks ever more rarely.
         connection.execute(
             text(
@@ -702,10 +702,10 @@ def test_a_forked_process_waits_for_no_turn_of_a_thread_that_it_has_not(tmp_path
     assert os.waitstatus_to_exitcode(status) == 0
 
 
-def _is_in_the_driver(thread: threading.Thread) -> bool:
-    """Whether *thread* has given a statement to the driver and has no answer yet."""
+def _asks_for_the_lock(thread: threading.Thread) -> bool:
+    """Whether *thread* wants SQLite's write lock and does not have it yet."""
     frame = sys._current_frames().get(thread.ident or 0)
-    while frame is not None and frame.f_code.co_name != "do_execute":
+    while frame is not None and frame.f_code.co_name != "_begin_immediate":
         frame = frame.f_back
     return frame is not None
 
