@@ -103,7 +103,8 @@ def test_what_is_wrong_comes_with_what_to_type():
     assert "✗ workers: No process runs tasks" in said.stdout
     assert "    → aftercommit worker shop:db\n" in said.stdout
     assert said.stdout.endswith("\n1 wrong.\n")
-    assert all(len(line) <= 80 for line in said.stdout.splitlines() if "→" not in line)
+    # The path of a test's folder may be longer than a line, and is one word.
+    assert all(len(line) <= 80 for line in said.stdout.splitlines() if "→" not in line and "shop.db" not in line)
 
 
 @pytest.mark.parametrize("driver", ["psycopg", "asyncpg"])
