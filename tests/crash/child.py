@@ -111,10 +111,11 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, stream=sys.stdout)
     url, driver, point, *fifo = sys.argv[1:]
     shop = make(url, driver, point=point, fifo=fifo[0] if fifo else None)
+    if point == OWN_CLAIM:
+        # Before there is a runner: it looks for work at once.
+        stop_at(shop, point)
     with shop.running():
-        if point == OWN_CLAIM:
-            stop_at(shop, point)
-        elif point:
+        if point and point != OWN_CLAIM:
             shop.drain()
             stop_at(shop, point)
             request(shop, "1")

@@ -696,13 +696,19 @@ def test_a_tasks_session_names_the_task(database: DatabaseUnderTest) -> None:
         raise outcome[0]
 
     async def share_async(session: AsyncSession) -> None:
-        await asyncio.gather(session.execute(sa.text("SELECT 1")), session.execute(sa.text("SELECT 1")))
+        # The first is under way for so long that the task has failed by then.
+        slow = "SELECT 1" if database.is_sqlite else "SELECT pg_sleep(0.3)"
+        await session.connection()
+        await asyncio.gather(session.execute(sa.text(slow)), session.execute(sa.text("SELECT 1")))
 
+    left: list[int] = []
     task = workshop.db.task(name="share")(share_async if workshop.is_async else share)  # type: ignore[arg-type]
     with Heard(signals.TaskFailed) as heard, workshop.running():
         workshop.ask(task)
         error = heard.wait(signals.TaskFailed).error
+        left.append(workshop.db.stats().pools["default"].in_use)
     workshop.close()
 
     assert isinstance(error, SessionShared)
     assert "task 'share', attempt 1" in error.owner
+    assert left == [0]

@@ -286,18 +286,24 @@ def _last_commit(session: Session, run: Run) -> None:
 
 def _leave(scope: Scope, error: BaseException | None) -> None:
     try:
-        if error is not None:
-            _drop_if_stale(scope.session, error)
-        scope.end()
+        try:
+            if _is_stale(error):
+                scope.session.invalidate()
+        finally:
+            # Whoever still uses the session, though its task has ended, is waited for.
+            scope.end()
     except Exception as exc:  # noqa: BLE001  # told of in the next line
         _note_leaving(scope.owner, exc)
 
 
 async def _async_leave(scope: AsyncScope, error: BaseException | None) -> None:
     try:
-        if error is not None:
-            await scope.session.run_sync(_drop_if_stale, error)
-        await scope.end()
+        try:
+            if _is_stale(error):
+                await scope.session.invalidate()
+        finally:
+            # Whoever still uses the session, though its task has ended, is waited for.
+            await scope.end()
     except Exception as exc:  # noqa: BLE001  # told of in the next line
         _note_leaving(scope.owner, exc)
 
@@ -308,10 +314,9 @@ def _note_leaving(owner: object, error: Exception) -> None:
     logger.log(logging.DEBUG if known else logging.ERROR, "Closing the session of %s failed", owner, exc_info=error)
 
 
-def _drop_if_stale(session: Session, error: BaseException) -> None:
-    if fault_of(error) is Fault.STALE:
-        # The server answers, so the pool would hand the connection out again.
-        session.invalidate()
+def _is_stale(error: BaseException | None) -> bool:
+    """Whether the connection is of no use, though the server answers: the pool would hand it out again."""
+    return error is not None and fault_of(error) is Fault.STALE
 
 
 def _overdue_if_so(run: Run, error: BaseException) -> BaseException:
