@@ -1,8 +1,8 @@
 """Other queues, with the same work in a task of theirs, each by what its own documentation says of being fast.
 
-Each has the same number of tasks at once, each task with a connection of a pool of that size. Nobody but DBOS and aftercommit says that a task is done in a way
-that survives a crash without the work being done again or lost; DBOS does it at the price of a step, which it is
-spared here.
+Each has the same number of tasks at once, each task with a connection of a pool of that size. Nobody but DBOS and
+aftercommit says that a task is done in a way that survives a crash without the work being done again or lost; DBOS does
+it at the price of a step, which it is spared here.
 """
 
 import asyncio
