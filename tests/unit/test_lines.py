@@ -26,7 +26,7 @@ def asked_from(file: str) -> Line | None:
 
 @pytest.mark.parametrize(
     "file",
-    ["/srv/fastapi/main.py", "/home/me/asyncio/app.py", "/app/starlette/jobs.py", "/srv/sqlalchemy-shop/threading.py"],
+    ["/srv/fastapi/main.py", "/opt/asyncio/app.py", "/app/starlette/jobs.py", "/srv/sqlalchemy-shop/threading.py"],
 )
 def test_a_project_may_be_called_like_a_library(file: str) -> None:
     """A project is told from a library by where it lies, and not by what its directories are called."""
