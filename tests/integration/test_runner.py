@@ -739,7 +739,7 @@ def test_nothing_of_an_async_task_that_takes_too_long_lands(shop: Workshop, hear
     """What its session has written by then is rolled back, and its connection comes back."""
     written = threading.Event()
 
-    @shop.db.task(name="slow", timeout=0.2)
+    @shop.db.task(name="slow", timeout=1)
     async def slow(session: AsyncSession) -> None:
         session.add(Effect(label="never"))
         await session.flush()
@@ -762,7 +762,7 @@ def test_a_sync_task_is_told_at_its_next_statement(shop: Workshop, heard: Heard)
     """A ``def`` task whose time is over gets TaskTimeout from its next statement, and nothing of it lands."""
     told: list[BaseException] = []
 
-    @shop.task(timeout=0.2)
+    @shop.task(timeout=1)
     def slow(session: Session, label: str) -> None:
         effect(session, "never")
         deadline = time.monotonic() + TIMEOUT
@@ -855,7 +855,7 @@ def test_the_server_ends_what_takes_too_long(shop: Workshop, heard: Heard, monke
     # Nobody else gives the task up first.
     monkeypatch.setattr(rounds, "OVERRUN_SECONDS", 10 * TIMEOUT)
 
-    @shop.task(timeout=0.3)
+    @shop.task(timeout=2)
     def sleeps(session: Session, label: str) -> None:
         session.execute(sa.text("SELECT pg_sleep(60)"))
 
