@@ -10,9 +10,11 @@ from typing import IO, Any
 
 # Runs in the child: become the user, ask the kernel for a signal when the parent dies (changing the user would
 # forget that wish, hence the order), then become the program. Imports come first: the user may not see our Python.
+# Ctrl-C is heard again, though a shell that put the tests into the background has them ignore it.
 _TETHER = """
-import ctypes, os, sys
-user, signal, *argv = sys.argv[1:]
+import ctypes, os, signal, sys
+user, orphaned, *argv = sys.argv[1:]
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 if user:
     import pwd
     entry = pwd.getpwnam(user)
@@ -20,7 +22,7 @@ if user:
     os.setgid(entry.pw_gid)
     os.setuid(entry.pw_uid)
 if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, int(signal))
+    ctypes.CDLL(None).prctl(1, int(orphaned))
 os.execvp(argv[0], argv)
 """
 
