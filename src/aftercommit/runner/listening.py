@@ -32,7 +32,8 @@ __all__ = ["Herald", "Listener"]
 
 logger = logging.getLogger(__name__)
 
-_BETWEEN_NEWS: Final = 0.05
+_BETWEEN_NEWS: Final = 0.02
+"""Seconds: what others wait for at most to hear of work, and how often everybody is woken at most."""
 _ECHO_SECONDS: Final = 5.0
 _CONNECTING_SECONDS: Final = 2.0
 _AGAIN_SECONDS: Final = (1.0, 30.0)
