@@ -408,6 +408,8 @@ S = TypeVar("S", bound=Signal)
 
 _lock = threading.Lock()
 _subscribers: defaultdict[type[Signal], tuple[Callable[[Any], None], ...]] = defaultdict(tuple)
+_called: dict[type[Signal], tuple[Callable[[Any], None], ...]] = {}
+"""Who is called with signals of a class, those of its base classes included; made when it is first asked for."""
 
 
 def subscribe(*kinds: type[S]) -> Callable[[Callable[[S], None]], Callable[[S], None]]:
@@ -417,6 +419,7 @@ def subscribe(*kinds: type[S]) -> Callable[[Callable[[S], None]], Callable[[S], 
         with _lock:
             for kind in kinds:
                 _subscribers[kind] = (*_subscribers[kind], function)
+            _called.clear()
         return function
 
     return register
@@ -427,19 +430,29 @@ def unsubscribe(function: Callable[[Any], None]) -> None:
     with _lock:
         for kind, functions in list(_subscribers.items()):
             _subscribers[kind] = tuple(each for each in functions if each != function)
+        _called.clear()
 
 
 def wanted(kind: type[Signal]) -> bool:
     """Whether anybody listens to signals of *kind*: what is told very often is not even put together for nobody."""
-    return any(_subscribers.get(each) for each in kind.__mro__[:-1])
+    functions = _called.get(kind)
+    return bool(_functions(kind) if functions is None else functions)
 
 
 def emit(signal: Signal) -> None:
     """Call every subscriber of the signal's class and of its base classes; what one raises is logged."""
-    for kind in type(signal).__mro__[:-1]:
-        for function in _subscribers.get(kind, ()):
-            try:
-                function(signal)
-            except Exception:
-                # The work that is being reported must not fail because somebody's counter did.
-                logger.exception("A subscriber of %s raised: %r", type(signal).__name__, function)
+    kind = type(signal)
+    functions = _called.get(kind)
+    for function in _functions(kind) if functions is None else functions:
+        try:
+            function(signal)
+        except Exception:
+            # The work that is being reported must not fail because somebody's counter did.
+            logger.exception("A subscriber of %s raised: %r", kind.__name__, function)
+
+
+def _functions(kind: type[Signal]) -> tuple[Callable[[Any], None], ...]:
+    with _lock:
+        found = tuple(each for base in kind.__mro__[:-1] for each in _subscribers.get(base, ()))
+        _called[kind] = found
+    return found
