@@ -37,7 +37,9 @@ from aftercommit.pools.budget import Share, shares
 from aftercommit.pools.pools import BOOKKEEPING, REQUEST
 from aftercommit.pools.settings import check_isolation_level
 from aftercommit.pools.sqlite import IMMEDIATE
+from aftercommit.pools.steps import steps_of
 from aftercommit.pools.urls import flavours, identity, is_sqlite, render
+from aftercommit.pools.views import async_view_of, view_of
 from aftercommit.records import moves, pausing, schema
 from aftercommit.records.ids import uuid7
 from aftercommit.runner import Outbox, Pace, Runner, TaskHandle, Wanted
@@ -828,7 +830,7 @@ class Database:
                 "The database is replaced by an AsyncConnection, which a sync call cannot use: await the async_ twin."
             )
         engine = self._pools[REQUEST].engine
-        with (engine.execution_options(**{IMMEDIATE: True}) if self._pools.is_sqlite else engine).begin() as opened:
+        with (view_of(engine, **{IMMEDIATE: True}) if self._pools.is_sqlite else engine).begin() as opened:
             return work(opened)
 
     async def _async_call(self, work: Callable[[Connection], T]) -> T:
@@ -840,7 +842,7 @@ class Database:
         if connection is not None:
             return await connection.run_sync(work)
         engine = self._pools[REQUEST].async_engine
-        with_lock = engine.execution_options(**{IMMEDIATE: True}) if self._pools.is_sqlite else engine
+        with_lock = async_view_of(engine, **{IMMEDIATE: True}) if self._pools.is_sqlite else engine
         async with with_lock.begin() as opened:
             return await opened.run_sync(work)
 
@@ -1010,7 +1012,7 @@ def _note_fault(context: Any) -> None:
 def _set_up(engine: Engine) -> None:
     watch(engine)
     event.listen(engine, "handle_error", _note_fault)
-    event.listen(engine, "before_cursor_execute", stop_at_statement, retval=True)
+    steps_of(engine).before_statement.append(stop_at_statement)
 
 
 def _note_batch_fault(context: ExceptionContext) -> None:

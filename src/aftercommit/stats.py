@@ -215,14 +215,14 @@ def _pool(pool: Pool, lane: Lane | None, *, running: int, backlog: int) -> PoolS
 
 
 def _holder(hold: Hold, now: float) -> Holder:
-    owner, idle_since, statement = hold.owner, hold.idle_since, hold.statement
+    owner, statement = hold.owner, hold.statement
     who = owner if isinstance(owner, Owner) else Owner(str(owner), hold.line)
     return Holder(
         owner=who.name,
         kind=who.kind,
         seconds=now - hold.since,
-        idle=None if idle_since is None else max(0.0, now - idle_since),
-        locked=hold.locked_since is not None,
+        idle=hold.idle(now),
+        locked=hold.locked(now) is not None,
         statement=None if statement is None else shortened(statement),
         line=None if who.line is None else str(who.line),
         task_id=who.task_id,

@@ -3,14 +3,16 @@
 import sqlite3
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 
 import pytest
 import sqlalchemy as sa
+from sqlalchemy.engine.base import RootTransaction
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from aftercommit import PoolSettings, signals
+from aftercommit.sessions import ledger
 from tests.support.databases import DatabaseUnderTest
 from tests.support.workshop import Effect, Heard, Workshop
 
@@ -205,6 +207,63 @@ def test_whoever_listens_on_the_engine_hears_of_tasks(shop: Workshop):
         heard.wait(signals.TaskSucceeded, count=2)
 
     assert heard_of == ["commit"]
+
+
+def test_connections_look_for_no_listeners_of_ours(shop: Workshop):
+    """Tasks and sessions have run, and no engine has a listener for which each connection would search at each step."""
+    task = shop.task()(effect)
+    with shop.running():
+        shop.ask(task, "a")
+        shop.drain()
+        engines = [
+            shop.db.async_engine(pool).sync_engine if shop.is_async else shop.db.engine(pool)
+            for pool in ("request", "default")
+        ]
+
+    # No public name says it (2.0 and 2.1).
+    assert not any(engine._has_events for engine in engines)
+    assert shop.effects() == ["a"]
+
+
+def test_events_do_where_sqlalchemy_would_not_call_what_is_overridden(
+    database: DatabaseUnderTest, monkeypatch: pytest.MonkeyPatch
+):
+    """Commits, rollbacks and savepoints are seen all the same, only slower, and nothing is lost or run too often."""
+    monkeypatch.setattr(ledger, "_is_called", lambda: False)
+    shop = Workshop(database)
+    task = shop.task()(effect)
+
+    def ask(session: Session) -> None:
+        session.add(Effect(label="asker"))
+        session.flush()
+        with suppress(ZeroDivisionError), session.begin_nested():
+            shop.db.after_commit(session, task, "undone")
+            raise ZeroDivisionError
+        shop.db.after_commit(session, task, "kept")
+
+    def ask_and_fail(session: Session) -> None:
+        ask(session)
+        raise ZeroDivisionError
+
+    with shop.running():
+        shop.commit(ask)
+        with pytest.raises(ZeroDivisionError):
+            shop.commit(ask_and_fail)
+        shop.drain()
+    effects = shop.effects()
+    shop.close()
+
+    assert effects == ["asker", "kept"]
+
+
+@pytest.mark.parametrize("way", ["_connection_commit_impl", "_connection_rollback_impl"])
+def test_what_sqlalchemy_does_not_call_is_noticed(monkeypatch: pytest.MonkeyPatch, way: str):
+    """A release that commits or rolls back in another way than the one that is overridden is found out at the start."""
+    assert ledger._is_called.__wrapped__()
+
+    monkeypatch.setattr(RootTransaction, way, lambda _transaction: None)
+
+    assert not ledger._is_called.__wrapped__()
 
 
 # --- an idle process ------------------------------------------------------------------------------------------------

@@ -636,6 +636,29 @@ def test_a_savepoint_begins_immediate(database: DatabaseUnderTest):
 
 
 @sqlite_drivers
+def test_whoever_runs_statements_himself_is_in_the_transaction(database: DatabaseUnderTest):
+    """A listener that sends a statement in its own way, in place of SQLAlchemy, sends it behind BEGIN IMMEDIATE."""
+    with opened(database) as bench:
+        bench.run(lambda session: Base.metadata.create_all(session.connection()))
+
+        def send(cursor: Any, statement: str, parameters: Any, _context: Any) -> bool:
+            cursor.execute(statement, parameters)
+            return True
+
+        event.listen(bench.engine(), "do_execute", send)
+
+        def body(session: Session) -> None:
+            session.add(Counter())
+            session.flush()
+            session.rollback()
+
+        bench.run(body)
+        left = bench.run(lambda session: session.execute(text("SELECT count(*) FROM counter")).scalar_one())
+
+    assert left == 0
+
+
+@sqlite_drivers
 def test_a_lock_that_does_not_come_free_is_sqlalchemys_error(database: DatabaseUnderTest):
     """``except OperationalError`` catches it, wherever the lock was asked for."""
     option = {"connect_args": {"timeout": 0.01}}

@@ -869,6 +869,24 @@ def test_the_server_ends_what_takes_too_long(shop: Workshop, heard: Heard, monke
     assert getattr(cause.orig, "sqlstate", None) == "57014"
 
 
+@pytest.mark.drivers("pysqlite", "aiosqlite")
+def test_what_a_task_writes_past_sqlalchemy_is_in_its_transaction(shop: Workshop, heard: Heard):
+    """A task's transaction begins before its first statement: what its driver writes is undone with the rest."""
+
+    @shop.task()
+    def writes(session: Session, label: str) -> None:
+        cursor = session.connection().connection.cursor()
+        cursor.execute("INSERT INTO effect (label) VALUES ('never')")
+        cursor.close()
+        raise ZeroDivisionError
+
+    with shop.running():
+        shop.ask(writes)
+        heard.wait(signals.TaskFailed)
+
+    assert shop.effects() == []
+
+
 # --- by hand ------------------------------------------------------------------------------------------------------
 
 

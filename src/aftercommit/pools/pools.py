@@ -225,9 +225,7 @@ class Pools:
         if settings.pool_pre_ping and not self.is_sqlite:
             event.listen(engine, "checkin", _remember_idle)
             event.listen(engine, "checkout", partial(_ping_when_idle, engine))
-        if not self.is_sqlite:
-            # SQLite has no levels to choose from.
-            views.set_up(engine)
+        views.set_up(engine)
         self._set_up(engine)
 
     def dispose(self) -> None:

@@ -5,23 +5,24 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import AsyncAdaptedQueuePool, QueuePool, event
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
+from sqlalchemy.util.queue import Empty
 
 from aftercommit import signals
 from aftercommit.errors import PoolExhausted
 from aftercommit.pools.lines import opening_line
 from aftercommit.pools.standstill import Flow, stop_waiting, this_flow, wait_for, waiting_among
+from aftercommit.pools.steps import steps_of
 from aftercommit.pools.timing import Meter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sqlalchemy import Connection, Engine
+    from sqlalchemy import Connection, Engine, PoolProxiedConnection
     from sqlalchemy.engine.interfaces import DBAPIConnection
 
     from aftercommit.pools.lines import Line
@@ -40,6 +41,8 @@ __all__ = [
 _HOLD: Final = "aftercommit.hold"
 _ALWAYS_ENDED: Final = frozenset({"request", "task"})
 _KEPT: Final = "_aftercommit_hold"
+_OPEN: Final = frozenset({2, 3})
+"""Of libpq's PGTransactionStatusType: in a transaction, and in one that has failed."""
 _SHOWN: Final = 10
 _STATEMENT: Final = 200
 
@@ -47,9 +50,10 @@ LOCK_SECONDS: Final = 1.0
 """For which SQLite's one write lock may be held before that is reported."""
 
 
-@dataclass(eq=False, slots=True)
 class Hold:
     """A connection that is in use. Times are of the monotonic clock.
+
+    One is made whenever a connection is taken, so what it may know later stands in the class until then.
 
     Attributes:
         since: When it was taken.
@@ -57,37 +61,51 @@ class Hold:
         line: Where it was taken from the engine by hand; None where it was not.
         allowed: Seconds that its owner may take, where that is known (a task's ``timeout``).
         statement: The statement that was run last.
-        idle_since: When that one was done, while its transaction is open; None during a statement.
-        locked_since: When it took SQLite's write lock.
+        done_since: When that one was done; None during a statement.
+        locked_since: When it last took SQLite's write lock.
         reported: Whether it was reported as held too long.
         is_returned: Whether the connection went back to its pool.
     """
 
-    since: float
     owner: object = "code that took it from the engine"
-    line: Line | None = None
     allowed: float | None = None
     statement: str | None = None
-    idle_since: float | None = None
+    done_since: float | None = None
     locked_since: float | None = None
     reported: bool = False
     is_returned: bool = False
+
+    def __init__(self, since: float, line: Line | None, driver: Any) -> None:
+        self.since = since
+        self.line = line
+        self._driver = driver
 
     @property
     def holder(self) -> str:
         """Who has it, and the line that took it."""
         return str(self.owner) if self.line is None else f"{self.owner} ({self.line})"
 
+    def idle(self, now: float) -> float | None:
+        """Seconds for which its transaction has been open and nothing was done in it; None if that is not so."""
+        done = self.done_since
+        # Only whoever asks pays for it: commits and rollbacks are not noted. In SQLite a read begins nothing, but
+        # SQLAlchemy's transaction is open by then, and holds the connection.
+        is_open = is_in_transaction(self._driver, unknown=self.locked_since is None)
+        return max(0.0, now - done) if done is not None and is_open else None
+
+    def locked(self, now: float) -> float | None:
+        """Seconds for which it has had SQLite's write lock; None if it has not."""
+        since = self.locked_since
+        return max(0.0, now - since) if since is not None and is_in_transaction(self._driver) else None
+
     def describe(self, now: float) -> str:
         """Say who, for how long, and what it is doing."""
         text = f"{self.holder}, for {now - self.since:.1f} s"
-        idle = self.idle_since
-        if idle is not None and now - idle >= 0.1:  # noqa: PLR2004  # less is the pause between two statements
-            text += f", idle in its transaction for {now - idle:.1f} s"
+        idle = self.idle(now)
+        if idle is not None and idle >= 0.1:  # noqa: PLR2004  # less is the pause between two statements
+            text += f", idle in its transaction for {idle:.1f} s"
         if self.statement is not None:
-            text += (
-                f", after {shortened(self.statement)!r}" if idle is not None else f", in {shortened(self.statement)!r}"
-            )
+            text += f", {'in' if self.done_since is None else 'after'} {shortened(self.statement)!r}"
         return text
 
 
@@ -113,11 +131,9 @@ class Register:
         event.listen(engine, "checkout", partial(self._taken, engine))
         event.listen(engine, "checkin", self._returned)
         event.listen(engine, "detach", self._detached)
-        # With a value returned, SQLAlchemy does not wrap it in a function that returns one.
-        event.listen(engine, "before_cursor_execute", _begin_statement, retval=True)
-        event.listen(engine, "after_cursor_execute", _end_statement)
-        event.listen(engine, "commit", _end_transaction)
-        event.listen(engine, "rollback", _end_transaction)
+        steps = steps_of(engine)
+        steps.before_statement.append(_begin_statement)
+        steps.after_statement.append(_end_statement)
         if isinstance(engine.pool, (ExplainingPool, AsyncExplainingPool)):
             engine.pool.register = self
 
@@ -186,20 +202,19 @@ class Register:
         now = time.monotonic()
         for hold in self.holds():
             limit = hold.allowed if hold.allowed is not None else self._warn_after
-            locked = hold.locked_since is not None and now - hold.locked_since > LOCK_SECONDS
+            locked = (hold.locked(now) or 0.0) > LOCK_SECONDS
             if hold.reported or (now - hold.since <= limit and not locked):
                 continue
             hold.reported = True
-            idle = None if hold.idle_since is None else now - hold.idle_since
             signals.emit(
                 signals.ConnectionHeld(
-                    pool=self.pool, owner=hold.holder, seconds=now - hold.since, idle=idle, locked=locked,
+                    pool=self.pool, owner=hold.holder, seconds=now - hold.since, idle=hold.idle(now), locked=locked,
                     statement=None if hold.statement is None else shortened(hold.statement),
                 )
             )  # fmt: skip
 
-    def _taken(self, engine: Engine, _connection: DBAPIConnection, record: Any, _proxy: Any) -> None:
-        hold = Hold(time.monotonic(), line=opening_line())
+    def _taken(self, engine: Engine, connection: DBAPIConnection, record: Any, _proxy: Any) -> None:
+        hold = Hold(time.monotonic(), opening_line(), connection)
         if hold.line is not None and isinstance(engine.pool, _Explaining):
             engine.pool.forget_taker(record)
         record.record_info[_HOLD] = hold
@@ -277,6 +292,15 @@ class _Explaining(QueuePool):
         return pool
 
     def _do_get(self) -> Any:
+        try:
+            # There nearly always is one, and who does not wait need not be looked for among those who do.
+            record = self._pool.get(block=False)
+        except Empty:
+            return self._wait()
+        self._takers[record] = this_flow()
+        return record
+
+    def _wait(self) -> Any:
         register = self.register
         flow = wait_for(self)
         if flow is None:
@@ -326,17 +350,34 @@ def hold_of(connection: Connection) -> Hold | None:
         return hold
     if connection.closed or connection.invalidated:
         return None
-    facts = connection.connection.record_info
-    hold = None if facts is None else facts.get(_HOLD)
+    hold = _hold_on(connection.connection)
     setattr(connection, _KEPT, hold)
     return hold
 
 
-def note_lock(connection: Connection) -> None:
+def note_lock(pooled: PoolProxiedConnection) -> None:
     """Note that a connection has taken SQLite's write lock."""
-    hold = hold_of(connection)
+    hold = _hold_on(pooled)
     if hold is not None:
         hold.locked_since = time.monotonic()
+
+
+def is_in_transaction(pooled: Any, *, unknown: bool = False) -> bool:
+    """Whether a pooled connection's driver knows of an open transaction; asked from any thread, at any moment.
+
+    Args:
+        pooled: The connection as a pool has it.
+        unknown: What to say where SQLite knows of none.
+    """
+    driver = getattr(pooled, "driver_connection", pooled)
+    try:
+        if hasattr(driver, "pgconn"):
+            return driver.pgconn.transaction_status in _OPEN
+        if hasattr(driver, "is_in_transaction"):
+            return bool(driver.is_in_transaction())
+        return bool(driver.in_transaction) or unknown
+    except Exception:  # noqa: BLE001  # it was closed by now, and each driver has an error of its own for that
+        return False
 
 
 def name_holder(connection: Connection, owner: object, allowed: float | None) -> None:
@@ -354,38 +395,26 @@ def name_holder(connection: Connection, owner: object, allowed: float | None) ->
         hold.allowed = allowed
 
 
-def _begin_statement(
-    connection: Connection,
-    _cursor: Any,
-    statement: str,
-    parameters: Any,
-    _context: Any,
-    _many: bool,  # noqa: FBT001
-) -> tuple[str, Any]:
-    hold = hold_of(connection)
+def _begin_statement(connection: Connection, statement: str) -> None:
+    # As hold_of() does it, without a call for each statement there is.
+    hold: Hold | None = vars(connection).get(_KEPT)
+    if hold is None or hold.is_returned:
+        hold = hold_of(connection)
+        if hold is None:
+            return
+    hold.statement = statement
+    hold.done_since = None
+
+
+def _end_statement(connection: Connection) -> None:
+    hold: Hold | None = vars(connection).get(_KEPT)
     if hold is not None:
-        hold.statement = statement
-        hold.idle_since = None
-    return statement, parameters
+        hold.done_since = time.monotonic()
 
 
-def _end_statement(
-    connection: Connection,
-    _cursor: Any,
-    _statement: str,
-    _parameters: Any,
-    _context: Any,
-    _many: bool,  # noqa: FBT001
-) -> None:
-    hold = hold_of(connection)
-    if hold is not None:
-        hold.idle_since = time.monotonic()
-
-
-def _end_transaction(connection: Connection) -> None:
-    hold = hold_of(connection)
-    if hold is not None:
-        hold.idle_since = hold.locked_since = None
+def _hold_on(pooled: PoolProxiedConnection) -> Hold | None:
+    facts = pooled.record_info
+    return None if facts is None else facts.get(_HOLD)
 
 
 def shortened(statement: str) -> str:

@@ -20,16 +20,18 @@ import sqlite3
 import threading
 from collections import defaultdict
 from contextlib import suppress
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
 from aftercommit.pools.register import note_lock
+from aftercommit.pools.steps import steps_of
+from aftercommit.pools.views import taken_with
 
 if TYPE_CHECKING:
-    from sqlalchemy import Connection, Engine
+    from sqlalchemy import Connection, Engine, PoolProxiedConnection
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import ConnectionPoolEntry
 
@@ -48,6 +50,7 @@ Not SQLAlchemy's isolation level, which would leave the connection with the driv
 """
 
 _BEGIN: Final = "BEGIN IMMEDIATE"
+_FILE: Final = "aftercommit_file"
 _PATIENCE: Final = "aftercommit_patience"
 _turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
 """By file, held by the one thread of this process that asks SQLite for the write lock, until it has it."""
@@ -56,21 +59,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_turns.clear)
 _READS: Final = frozenset({"SELECT", "VALUES", "EXPLAIN"})
 # These cannot run inside a transaction, or manage one themselves.
-_OUTSIDE: Final = frozenset(
-    {"PRAGMA", "VACUUM", "ATTACH", "DETACH", "BEGIN", "COMMIT", "END", "ROLLBACK", "RELEASE", "SAVEPOINT"}
-)
+_OUTSIDE: Final = frozenset({"PRAGMA", "VACUUM", "ATTACH", "DETACH", "BEGIN", "COMMIT", "END", "ROLLBACK", "RELEASE"})
 _FIRST_WORD = re.compile(r"(?:\s+|--[^\n]*\n|/\*.*?\*/|\()*([A-Za-z]+)", re.DOTALL)
 _WRITING_WORD = re.compile(r"\b(?:INSERT|UPDATE|DELETE|REPLACE)\b", re.IGNORECASE)
 
 
 def set_up(engine: Engine) -> None:
     """Attach the rules of this module to *engine* (for an async engine: its ``sync_engine``)."""
-    event.listen(engine, "connect", _on_connect)
-    event.listen(engine, "begin", _on_begin)
-    event.listen(engine, "savepoint", _on_savepoint)
-    # With a value returned, SQLAlchemy does not wrap it in a function that returns one.
-    event.listen(engine, "before_cursor_execute", _on_execute, retval=True)
+    event.listen(engine, "connect", partial(_on_connect, str(engine.url.database)))
     event.listen(engine, "invalidate", _on_invalidate)
+    steps = steps_of(engine)
+    steps.before_begin.append(_before_begin)
+    steps.before_statement.append(_before_statement)
 
 
 def be_impatient(connection: DBAPIConnection, record: ConnectionPoolEntry, seconds: float) -> None:
@@ -109,7 +109,8 @@ def _on_invalidate(connection: DBAPIConnection, _record: Any, _error: BaseExcept
         connection.rollback()
 
 
-def _on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+def _on_connect(file: str, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
+    record.info[_FILE] = file
     # The driver's own transactions are off, however the connection was made.
     connection.isolation_level = None
     cursor = connection.cursor()
@@ -128,42 +129,29 @@ def _on_connect(connection: DBAPIConnection, record: ConnectionPoolEntry) -> Non
         cursor.close()
 
 
-def _on_begin(connection: Connection) -> None:
-    if connection.get_execution_options().get(IMMEDIATE):
-        _begin_immediate(connection)
+def _before_begin(pooled: PoolProxiedConnection) -> None:
+    if taken_with(pooled, IMMEDIATE):
+        _begin_immediate(pooled)
 
 
-def _on_savepoint(connection: Connection, _name: str) -> None:
-    if not in_transaction(connection):
-        _begin_immediate(connection)
-
-
-def _on_execute(
-    connection: Connection,
-    _cursor: Any,
-    statement: str,
-    parameters: Any,
-    _context: Any,
-    _many: bool,  # noqa: FBT001  # the event's signature
-) -> tuple[str, Any]:
+def _before_statement(connection: Connection, statement: str) -> None:
     if needs_lock(statement) and not in_transaction(connection) and not _autocommits(connection):
-        _begin_immediate(connection)
-    return statement, parameters
+        _begin_immediate(connection.connection)
 
 
-def _begin_immediate(connection: Connection) -> None:
-    adapted: Any = connection.connection.dbapi_connection
+def _begin_immediate(pooled: PoolProxiedConnection) -> None:
+    adapted: Any = pooled.dbapi_connection
     # By the driver, past SQLAlchemy's way of running a statement, which would cost as much as the task's own. A lock
-    # that does not come free is its error all the same: in 2.0 the driver's would pass through a listener bare.
+    # that does not come free is its error all the same.
     try:
         if hasattr(adapted, "run_async"):
             # One trip to aiosqlite's thread; a cursor that is made, used and closed would be three. No turn: waiting
             # for it would stop the event loop.
             adapted.run_async(lambda driver: driver.execute_fetchall(_BEGIN))
         else:
-            turn = _turns[str(connection.engine.url.database)]
+            turn = _turns[pooled.info[_FILE]]
             # Without a turn in time, SQLite itself says whether the lock is taken.
-            has_turn = turn.acquire(timeout=connection.info[_PATIENCE])
+            has_turn = turn.acquire(timeout=pooled.info[_PATIENCE])
             try:
                 adapted.execute(_BEGIN)
             finally:
@@ -171,7 +159,7 @@ def _begin_immediate(connection: Connection) -> None:
                     turn.release()
     except sqlite3.Error as exc:
         raise OperationalError(_BEGIN, None, exc) from exc
-    note_lock(connection)
+    note_lock(pooled)
 
 
 def _autocommits(connection: Connection) -> bool:

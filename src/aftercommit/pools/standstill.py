@@ -60,10 +60,9 @@ _waiting: Final[dict[Flow, Takers]] = {}
 def this_flow() -> Flow:
     """The flow of the caller."""
     thread = threading.get_ident()
-    try:
-        task = asyncio.current_task()
-    except RuntimeError:
-        task = None
+    # current_task() alone would raise where no loop runs, and that is slow: every connection that is taken comes here.
+    loop = asyncio._get_running_loop()  # noqa: SLF001  # documented, though named so
+    task = None if loop is None else asyncio.current_task(loop)
     flow = _flow.get()
     if flow is None or not flow.is_at(thread, task):
         flow = Flow(thread, task)

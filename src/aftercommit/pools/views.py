@@ -17,33 +17,41 @@ from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sqlalchemy import Connection, Engine, PoolProxiedConnection
 
-__all__ = ["LEVEL", "async_view_of", "set_up", "view_of"]
+__all__ = ["LEVEL", "async_view_of", "set_up", "taken_with", "view_of"]
 
 LEVEL: Final = "aftercommit_isolation_level"
 """The execution option that says at which isolation level the connections of a view begin; it costs no round trip."""
 
+_OPTIONS: Final = "aftercommit_view"
+_USERS_LEVEL: Final = "isolation_level"
 
 # A context variable: a pool may wait, and others come by meanwhile.
-_by_view: Final[ContextVar[bool]] = ContextVar("aftercommit_by_view", default=False)
+_by_view: Final[ContextVar[Mapping[str, Any] | None]] = ContextVar("aftercommit_by_view", default=None)
 
 
 def set_up(engine: Engine) -> None:
-    """Have the connections of *engine*, and of its views, begin at their level (an async engine: its sync one)."""
-    # At the checkout, which comes before whatever level the application's own options set, and with
-    # `raw_connection()` is all there is.
-    event.listen(engine, "checkout", partial(_forget_level, engine))
-    event.listen(engine, "engine_connect", _set_level)
+    """Have the connections of *engine*, and of its views, know whose they are (an async engine: its sync one)."""
+    # At the checkout, which comes before whatever level a connection is given by hand, and with `raw_connection()` is
+    # all there is.
+    event.listen(engine, "checkout", partial(_taken, engine))
+    if _USERS_LEVEL in engine.get_execution_options():
+        # SQLAlchemy sets that of the application's options behind the checkout, and a view's is meant to win.
+        event.listen(engine, "engine_connect", _set_again)
 
 
 def view_of(engine: Engine, **options: Any) -> Engine:
     """Return a view of *engine*, which was set up, with execution *options*."""
     view = engine.execution_options(**options)
-    # As its own attributes: the class has a descriptor of that name.
-    vars(view)["dispatch"] = engine.dispatch
-    if LEVEL in options:
-        vars(view)["raw_connection"] = partial(_take_by_view, engine)
+    # As its own attributes: the class has descriptors of these names.
+    vars(view).update(
+        dispatch=engine.dispatch,
+        _connection_cls=engine._connection_cls,  # noqa: SLF001  # see sessions.ledger.watch
+        raw_connection=partial(_take_by_view, engine, options),
+    )
     return view
 
 
@@ -52,31 +60,46 @@ def async_view_of(engine: AsyncEngine, **options: Any) -> AsyncEngine:
     return AsyncEngine(view_of(engine.sync_engine, **options))
 
 
-def _take_by_view(engine: Engine) -> PoolProxiedConnection:
-    token = _by_view.set(True)
+def taken_with(pooled: PoolProxiedConnection, option: str) -> Any:
+    """What the view by which a connection was taken says of *option*; None if it was taken past the views."""
+    options: Mapping[str, Any] | None = pooled.info.get(_OPTIONS)
+    return None if options is None else options.get(option)
+
+
+def _take_by_view(engine: Engine, options: Mapping[str, Any]) -> PoolProxiedConnection:
+    token = _by_view.set(options)
     try:
         return engine.raw_connection()
     finally:
         _by_view.reset(token)
 
 
-def _forget_level(engine: Engine, connection: Any, record: Any, _proxy: Any) -> None:
-    """Set back what a view has left on a connection that somebody takes past the views."""
-    if LEVEL in record.info and not _by_view.get():
+def _taken(engine: Engine, connection: Any, record: Any, _proxy: Any) -> None:
+    options = _by_view.get()
+    info = record.info
+    info[_OPTIONS] = options
+    wanted = None if options is None else options.get(LEVEL)
+    if wanted is not None:
+        _set_level(engine, connection, info, wanted)
+    elif LEVEL in info:
+        # A view has left it, and this one is taken past the views.
         engine.dialect.reset_isolation_level(connection)
-        del record.info[LEVEL]
+        del info[LEVEL]
 
 
-def _set_level(connection: Connection) -> None:
+def _set_again(connection: Connection) -> None:
     wanted = connection.get_execution_options().get(LEVEL)
-    if wanted is None:
-        return
-    pooled = connection.connection
-    driver: Any = pooled.dbapi_connection
+    if wanted is not None:
+        pooled = connection.connection
+        _set_level(connection.engine, pooled.dbapi_connection, pooled.info, wanted)
+
+
+def _set_level(engine: Engine, driver: Any, info: Any, wanted: str) -> None:
     # Our note alone does not say it: SQLAlchemy sets back what somebody set on the connection himself.
-    if pooled.info.get(LEVEL) != wanted or _level_of(driver) != wanted:
-        connection.dialect.set_isolation_level(driver, wanted)
-        pooled.info[LEVEL] = wanted
+    if info.get(LEVEL) != wanted or _level_of(driver) != wanted:
+        dialect: Any = engine.dialect
+        dialect.set_isolation_level(driver, wanted)
+        info[LEVEL] = wanted
 
 
 def _level_of(driver: Any) -> str | None:

@@ -299,20 +299,11 @@ def note_fault(context: Any) -> None:
     run.saw_conflict = run.saw_conflict or fault is Fault.CONFLICT
 
 
-def stop_at_statement(
-    _connection: Connection,
-    _cursor: Any,
-    statement: str,
-    parameters: Any,
-    _context: Any,
-    _many: bool,  # noqa: FBT001  # the event's signature
-) -> tuple[str, Any]:
+def stop_at_statement(_connection: Connection, _statement: str) -> None:
     """Raise what has ended the run at hand, before it sends another statement.
 
-    A listener of the engines' ``before_cursor_execute``, with ``retval=True``. A thread cannot be stopped, but it can
-    be told.
+    One of the engines' ``before_statement``. A thread cannot be stopped, but it can be told.
     """
     run = current_run()
     if run is not None and run.stopped_by is not None:
         raise run.stopped_by
-    return statement, parameters

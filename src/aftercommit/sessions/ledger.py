@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, Protocol
 from weakref import ref
 
-from sqlalchemy import Connection, Engine, event
+from sqlalchemy import Connection, Engine, create_engine, event
 
 from aftercommit.sessions.owner import Line
 
@@ -161,7 +162,6 @@ class Ledger:
 # A connection has no `info` of its own, and a weak dictionary would never let go of it: what waits refers to the
 # connection that it waits for. As its attribute, the two are one cycle, which the garbage collector takes away whole.
 _LEDGER: Final = "_aftercommit_ledger"
-_WATCHED: Final = "aftercommit_watched"  # an execution option: a connection inherits its engine's
 
 
 def find_ledger(connection: Connection) -> Ledger | None:
@@ -170,26 +170,80 @@ def find_ledger(connection: Connection) -> Ledger | None:
 
 
 def ledger_of(connection: Connection) -> Ledger:
-    """The ledger of *connection*; listens on it from now on."""
+    """The ledger of *connection*; its commits and rollbacks are seen from now on."""
     ledger = find_ledger(connection)
     if ledger is None:
         ledger = Ledger()
         setattr(connection, _LEDGER, ledger)
-        if not connection.get_execution_options().get(_WATCHED):
+        if not isinstance(connection, WatchedConnection):
             _listen(connection)
     return ledger
 
 
+class WatchedConnection(Connection):
+    """A connection of an engine of ours, which need not be listened to for its commits and rollbacks to be seen.
+
+    What is overridden is not public, so ``watch`` tries it first; the events that come at the same moments are, but one
+    listener makes each connection look for listeners at every step (see ``pools.steps``).
+    """
+
+    def _commit_impl(self) -> None:
+        _on_commit(self)
+        super()._commit_impl()
+
+    def _rollback_impl(self) -> None:
+        _on_rollback(self)
+        super()._rollback_impl()
+
+    def _rollback_to_savepoint_impl(self, name: str) -> None:
+        _on_rollback_savepoint(self, name, None)
+        super()._rollback_to_savepoint_impl(name)
+
+
 def watch(engine: Engine) -> None:
-    """Listen on a whole engine of ours, once, rather than on each of its connections."""
-    engine.update_execution_options(**{_WATCHED: True})
-    _listen(engine)
+    """See to it that the connections of an engine of ours need not be listened to, one by one."""
+    if _is_called():
+        engine._connection_cls = WatchedConnection  # noqa: SLF001  # tried, see WatchedConnection
 
 
-def _listen(target: Engine | Connection) -> None:
-    event.listen(target, "commit", _on_commit)
-    event.listen(target, "rollback", _on_rollback)
-    event.listen(target, "rollback_savepoint", _on_rollback_savepoint)
+@cache
+def _is_called() -> bool:
+    """Whether this SQLAlchemy calls what ``WatchedConnection`` overrides, when it should."""
+    seen: list[str] = []
+
+    class Probe(Connection):
+        def _commit_impl(self) -> None:
+            seen.append("commit")
+            super()._commit_impl()
+
+        def _rollback_impl(self) -> None:
+            seen.append("rollback")
+            super()._rollback_impl()
+
+        def _rollback_to_savepoint_impl(self, name: str) -> None:
+            seen.append("rollback to savepoint")
+            super()._rollback_to_savepoint_impl(name)
+
+    engine = create_engine("sqlite://")
+    engine._connection_cls = Probe  # noqa: SLF001  # that is what is tried
+    try:
+        with engine.connect() as connection:
+            for step in ("commit", "rollback", "rollback to savepoint"):
+                root = connection.begin()
+                if step == "rollback to savepoint":
+                    connection.begin_nested().rollback()
+                (root.commit if step == "commit" else root.rollback)()
+    except (AttributeError, TypeError):
+        return False
+    finally:
+        engine.dispose()
+    return seen == ["commit", "rollback", "rollback to savepoint", "rollback"]
+
+
+def _listen(connection: Connection) -> None:
+    event.listen(connection, "commit", _on_commit)
+    event.listen(connection, "rollback", _on_rollback)
+    event.listen(connection, "rollback_savepoint", _on_rollback_savepoint)
 
 
 def _on_commit(connection: Connection) -> None:
