@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from aftercommit import signals
 from aftercommit.errors import LostClaim
 from aftercommit.records import moves, sweeping, waiting, workers
+from aftercommit.runner.lanes import STUCK_SECONDS
 from aftercommit.runner.run import Run
 from aftercommit.tasks.transient import Fault, fault_of
 
@@ -173,6 +174,8 @@ class Rounds:
         if now >= self._next_poll:
             self._poll()
         for lane in runner.lanes.values():
+            if lane.is_ahead:
+                runner.share(lane)
             if lane.has_queued:
                 self._claim(lane)
         if runner.progressing and now >= self._next_progress:
@@ -189,6 +192,8 @@ class Rounds:
         due = [self._next_beat, self._next_poll, self._next_prune, self._next_sweep]
         if self._runner.progressing:
             due.append(self._next_progress)
+        if any(lane.is_ahead for lane in self._runner.lanes.values()):
+            due.append(time.monotonic() + STUCK_SECONDS)
         news = self._runner.herald.due()
         if news is not None:
             due.append(time.monotonic() + news)
@@ -393,12 +398,12 @@ class Rounds:
 
     def _look_at_all(self) -> None:
         """Count what is queued and runs anywhere, for ``db.stats()``."""
-        self._sweep_begun = time.monotonic()
+        begun = self._sweep_begun = time.monotonic()
         found = self._runner.books.execute(
             lambda c: sweeping.sweep(c, silent_after=self._pace.silent_after), autocommit=True
         )
         at = time.monotonic()
-        self._sweep, self._sweep_took = (found, at), at - self._sweep_begun
+        self._sweep, self._sweep_took = (found, at), at - begun
 
     # --- time limits, and the event loop's pulse ----------------------------------------------------------------
 
