@@ -1,12 +1,14 @@
 """Who comes first: the highest priority, then the oldest, pool by pool; and what comes new waits its turn."""
 
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
 from sqlalchemy.orm import Session
 
 from aftercommit import PoolSettings, signals
+from aftercommit.runner import lanes
 from tests.support.databases import DatabaseUnderTest
 from tests.support.workshop import TIMEOUT, Effect, Heard, Workshop
 
@@ -102,3 +104,33 @@ def test_a_low_priority_waits_for_as_long_as_higher_ones_come(shop: Workshop):
         shop.drain()
 
     assert in_order(shop)[-1] == "low"
+
+
+def test_what_waits_behind_slow_tasks_is_left_to_others(shop: Workshop, monkeypatch: pytest.MonkeyPatch):
+    """Many are taken at once where tasks end quickly; once they do not, all but a few are queued again, in order."""
+    # However slow this machine is, the first ones were quick.
+    monkeypatch.setattr(lanes, "_AHEAD_SECONDS", 1000.0)
+    gate = threading.Event()
+
+    @shop.task(pool="one")
+    def quick(session: Session, label: str) -> None:
+        session.add(Effect(label=label))
+
+    slow = shop.task(pool="one", gate=gate)(effect)
+    with shop.running():
+        for number in range(4):
+            shop.ask(quick, f"quick {number}")
+        shop.drain()
+        ids = shop.commit(lambda session: [shop.db.after_commit(session, slow, f"{n:02}").id for n in range(30)])
+        ahead = shop.db.stats().pools["one"].backlog
+        pause, deadline = threading.Event(), time.monotonic() + TIMEOUT
+        while (left := [shop.record(id).state for id in ids].count("queued")) != 27 and time.monotonic() < deadline:
+            pause.wait(0.02)
+        kept = shop.db.stats().pools["one"].backlog
+        gate.set()
+        shop.drain()
+
+    # One place, and twelve times as many at hand; then the two that are the least.
+    assert (ahead, kept, left) == (12, 2, 27)
+    assert in_order(shop)[4:] == [f"{n:02}" for n in range(30)]
+    assert {shop.record(id).attempt for id in ids} == {1}

@@ -20,6 +20,10 @@ __all__ = ["Lane", "Threads"]
 logger = logging.getLogger(__name__)
 
 _IDLE_SECONDS: Final = 10.0
+_AHEAD_SECONDS: Final = 0.2
+"""Seconds of work that a lane whose tasks end quickly keeps at hand: so many fewer claims are made."""
+STUCK_SECONDS: Final = 1.0
+"""Seconds without an end after which what a lane has at hand, beyond the least, is given to others."""
 
 
 class Threads:
@@ -128,6 +132,8 @@ class Lane:
         self._active: set[Run] = set()
         self._backlog: deque[Run] = deque()
         self._backlog_limit = 2 * width
+        self._ended_lately = 0
+        self._counted_since = self._ended_at = time.monotonic()
         self._threads = Threads(name, self._work)
         self._heard = 0
         self._looked = 0
@@ -203,6 +209,28 @@ class Lane:
                 return 0
             return max(0, self.width + self._backlog_limit - taken)
 
+    def _fit_backlog(self) -> None:
+        """Have the backlog hold what will be begun within a moment, by how fast tasks have ended lately."""
+        pace = self._ended_lately / max(self._ended_at - self._counted_since, 1e-6)
+        self._backlog_limit = max(2 * self.width, min(round(pace * _AHEAD_SECONDS), 12 * self.width))
+        self._ended_lately, self._counted_since = 0, self._ended_at
+
+    @property
+    def is_ahead(self) -> bool:
+        """Whether more waits here than would if tasks took long."""
+        return len(self._backlog) > 2 * self.width
+
+    def take_stuck(self) -> list[Run]:
+        """What others should rather run: tasks ended quickly, so many were taken, and since then none has ended."""
+        with self._lock:
+            if not self.is_ahead or time.monotonic() - self._ended_at < STUCK_SECONDS:
+                return []
+            self._backlog_limit = 2 * self.width
+            waiting = [run for run in self._backlog if run.claim is not None][self._backlog_limit :]
+            for run in waiting:
+                self._backlog.remove(run)
+            return waiting
+
     @property
     def is_full(self) -> bool:
         """Whether every place is taken: what is queued now is better taken by somebody else."""
@@ -244,6 +272,10 @@ class Lane:
         """Free the place of *run*; return the next, which the calling thread may go on with if it is sync."""
         with self._lock:
             self._active.discard(run)
+            self._ended_at = time.monotonic()
+            self._ended_lately += 1
+            if self._ended_lately >= 2 * self.width:
+                self._fit_backlog()
             following = None
             if self._backlog and len(self._active) + self._lent < self.width and not self.is_paused:
                 following = self._backlog.popleft()

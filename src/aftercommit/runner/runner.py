@@ -29,7 +29,7 @@ from aftercommit.runner.shells import run_async, run_sync
 from aftercommit.tasks.transient import Fault, fault_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from sqlalchemy import URL, Connection
 
@@ -368,19 +368,31 @@ class Runner:
     def set_paused(self, lane: Lane, *, paused: bool) -> None:
         """Follow what the database says of a pool; on the bookkeeping thread."""
         if paused and not lane.is_paused:
-            for run in lane.pause():
-                claim = run.claim
-                assert claim is not None  # noqa: S101  # those in memory stay
-
-                def write(connection: Connection, *, claim: moves.Claim = claim) -> bool:
-                    return moves.give_back(connection, claim, None, at="", delay=0.0, refund=True)
-
-                self.books.execute(write)
-                self._let_go(run)
+            self._give_back(lane.pause())
             signals.emit(signals.PoolPaused(pool=lane.name))
         elif lane.is_paused and not paused:
             lane.resume()
             signals.emit(signals.PoolResumed(pool=lane.name))
+
+    def share(self, lane: Lane) -> None:
+        """Let other processes run what waits here for long; on the bookkeeping thread."""
+        stuck = lane.take_stuck()
+        if stuck:
+            self._give_back(stuck)
+            lane.expect()
+            self.herald.tell(lane.name)
+
+    def _give_back(self, runs: Iterable[Run]) -> None:
+        """Queue again what has not begun."""
+        for run in runs:
+            claim = run.claim
+            assert claim is not None  # noqa: S101  # those in memory stay
+
+            def write(connection: Connection, *, claim: moves.Claim = claim) -> bool:
+                return moves.give_back(connection, claim, None, at="", delay=0.0, refund=True)
+
+            self.books.execute(write)
+            self._let_go(run)
 
     # --- running ------------------------------------------------------------------------------------------------
 
