@@ -21,6 +21,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, aliased, mapped_column
 
 from aftercommit import BatchReport, Database, PoolSettings, Retry, TaskRecord, current_run
+from aftercommit.batches import sources
 from aftercommit.batches.stretches import Stretch, gaps, merged
 from aftercommit.errors import BatchError, BatchStopped, ConfigurationError, RowGone
 from aftercommit.sessions.owner import owner_of
@@ -213,6 +214,13 @@ def failing(*bad: int) -> Callable[[Session, Item], None]:
 # --- sources ----------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(params=["keys of some pages ahead", "the end of the next page"])
+def paging(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways to cut pages, whatever their size."""
+    monkeypatch.setattr(sources, "_LARGE", 1 if request.param == "the end of the next page" else 1000)
+
+
+@pytest.mark.usefixtures("paging")
 def test_every_row_of_a_select_is_handled_once(bench: Bench) -> None:
     """Pages are cut by the primary key, whatever order and filter the Select has."""
     bench.fill(25)
@@ -226,6 +234,7 @@ def test_every_row_of_a_select_is_handled_once(bench: Bench) -> None:
     assert report.rate == pytest.approx(24 / report.seconds)
 
 
+@pytest.mark.usefixtures("paging")
 def test_pages_of_a_composite_key(bench: Bench) -> None:
     """Keys of several parts, of any type, are compared as a whole by the database."""
     with Session(bench.outside) as session, session.begin():
@@ -240,6 +249,7 @@ def test_pages_of_a_composite_key(bench: Bench) -> None:
     assert bench.look(select(Pair.n).distinct()) == [(1,)]
 
 
+@pytest.mark.usefixtures("paging")
 def test_rows_that_appear_and_vanish_do_no_harm(bench: Bench) -> None:
     """What is deleted ahead is not missed, what appears ahead is handled, what appears behind is not."""
     bench.fill(30)
@@ -256,6 +266,7 @@ def test_rows_that_appear_and_vanish_do_no_harm(bench: Bench) -> None:
     assert bench.counts == {0: 0, **{number: 1 for number in range(1, 32) if number not in (6, 17)}}
 
 
+@pytest.mark.usefixtures("paging")
 def test_a_handler_that_leaves_the_filter_behind_misses_nothing(bench: Bench) -> None:
     """A Select of what is still to be done gets shorter with every chunk, and no page moves for that."""
     bench.fill(20)
@@ -368,6 +379,7 @@ def test_memory_does_not_grow_with_the_batch(bench: Bench) -> None:
     assert peak(5000) < peak(500) + 500_000
 
 
+@pytest.mark.usefixtures("paging")
 def test_keys_of_a_select_are_given_without_their_rows(bench: Bench) -> None:
     """A Select of the primary key gives keys, page by page, and no statement loads their rows."""
     bench.fill(25)
@@ -388,6 +400,7 @@ def test_keys_of_a_select_are_given_without_their_rows(bench: Bench) -> None:
     assert not [each for each in sent if "item.note" in each]
 
 
+@pytest.mark.usefixtures("paging")
 @pytest.mark.drivers("psycopg", "pysqlite")
 def test_bad_ones_among_keys_of_a_select(bench: Bench) -> None:
     """A key is a record as a row is: one that fails is isolated, marked and reported by itself; parts make a tuple."""
@@ -792,6 +805,7 @@ def test_a_row_that_really_is_there_is_the_records_failure(bench: Bench) -> None
 # --- inside a durable task --------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("paging")
 def test_a_batch_in_a_task_saves_its_position(bench: Bench) -> None:
     """A task that dies in the middle goes on behind the last committed chunk: nothing twice, nothing left out."""
     bench.fill(20)
@@ -836,6 +850,7 @@ def test_a_task_goes_on_in_a_generator(bench: Bench) -> None:
     assert sorted(bench.counts) == list(range(1, 16))
 
 
+@pytest.mark.usefixtures("paging")
 def test_a_finished_batch_is_not_run_again(bench: Bench) -> None:
     """If the task fails behind its batch, the next attempt gets the same report without doing anything."""
     bench.fill(7)
@@ -1115,6 +1130,7 @@ def test_a_terminal_sees_rate_and_remaining_time(bench: Bench) -> None:
 # --- width ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("paging")
 def test_workers_share_the_records(bench: Bench) -> None:
     """Lanes side by side do every record once, and isolate bad ones as one lane does."""
     bench.fill(60)
@@ -1256,13 +1272,16 @@ class Deaths:
 @pytest.mark.drivers("pysqlite", "psycopg")
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_every_good_record_once_every_bad_one_marked_once(bench: Bench, data: st.DataObject) -> None:
+def test_every_good_record_once_every_bad_one_marked_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, data: st.DataObject
+) -> None:
     """For any failing records, kind of source, chunk size, width and points of death, nothing is lost or done twice."""
     count = data.draw(st.integers(0, 40), label="count")
     numbers = st.sets(st.integers(1, max(1, count)), max_size=max(1, count))
     bad = data.draw(numbers, label="bad") & set(range(1, count + 1))
     at_commit = data.draw(st.sets(st.sampled_from(sorted(bad)) if bad else st.nothing()), label="bad at the commit")
     size = data.draw(st.integers(1, 12), label="size")
+    monkeypatch.setattr(sources, "_LARGE", data.draw(st.sampled_from([1, 1000]), label="large"))
     workers = data.draw(st.integers(1, 3), label="workers")
     kind = data.draw(st.sampled_from(["rows", "keys", "values"]), label="source")
     per_chunk = data.draw(st.booleans(), label="per_chunk")

@@ -23,6 +23,8 @@ __all__ = ["Chunk", "Loaded", "Source", "source_of"]
 
 _PAGES_AHEAD: Final = 32
 """Chunks whose keys are read with one statement."""
+_LARGE: Final = 500
+"""Records in a chunk from which its last key alone is looked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,9 +167,12 @@ class _Rows:
 
     def _cut(self, gap: Stretch, read: Callable[[Callable[[Session], Any]], Any]) -> None:
         """Cut some pages off *gap*, and put back what is left of it."""
-        wanted = self._size * _PAGES_AHEAD
         after = gap.after
-        statement = self._keys.where(*self._between(self._inner, after, gap.last)).limit(wanted)
+        those = self._keys.where(*self._between(self._inner, after, gap.last))
+        if self._size >= _LARGE and self._cut_large(gap, those, read):
+            return
+        wanted = self._size * _PAGES_AHEAD
+        statement = those.limit(wanted)
         keys = read(lambda session: session.execute(statement).all())
         place = gap.start
         for first in range(0, len(keys), self._size):
@@ -184,6 +189,21 @@ class _Rows:
         if len(keys) == wanted or (keys and gap.stop is None):
             # Behind the last row another may have appeared by the time we get there.
             self._left.appendleft(Stretch(place, gap.stop, after, gap.last))
+
+    def _cut_large(self, gap: Stretch, those: Select[Any], read: Callable[[Callable[[Session], Any]], Any]) -> bool:
+        """Cut one full page off *gap*; False if no more than that is left of it.
+
+        The database counts to its last row faster than its keys could be read.
+        """
+        ending = those.limit(1).offset(self._size - 1)
+        key = read(lambda session: session.execute(ending).first())
+        stop = gap.start + self._size
+        if key is None or (gap.stop is not None and stop >= gap.stop):
+            return False
+        last = self._write(tuple(key))
+        self._pages.append(Chunk(Stretch(gap.start, stop, gap.after, last)))
+        self._left.appendleft(Stretch(stop, gap.stop, last, gap.last))
+        return True
 
     def load(self, session: Session, chunk: Chunk) -> Loaded:
         """The rows of the page, as they are now."""
