@@ -17,6 +17,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from aftercommit import PoolSettings, Retry, TaskRecord, signals
+from aftercommit.errors import WorkerLost
 from aftercommit.runner.bookkeeper import Bookkeeper
 from tests.support.databases import DatabaseUnderTest
 from tests.support.servers import Server
@@ -178,13 +179,15 @@ def test_once_means_once_even_at_a_stop(shop: Workshop):
     """``Retry(attempts=1)`` that has begun and is interrupted is failed, and not begun again."""
     gate, begun = threading.Event(), threading.Event()
     task = shop.task(gate=gate, begun=begun.set, retry=Retry(attempts=1))(effect)
-    with opened_at_the_end(gate), shop.running(grace=0.0):
-        shop.drain()
-        shop.ask(task, "never")
-        assert begun.wait(TIMEOUT)
-    gate.set()
-    join_left_behind()
+    with Heard(signals.TaskFailed) as heard:
+        with opened_at_the_end(gate), shop.running(grace=0.0):
+            shop.drain()
+            shop.ask(task, "never")
+            assert begun.wait(TIMEOUT)
+        gate.set()
+        join_left_behind()
 
+    assert [type(each.error) for each in heard.of(signals.TaskFailed)] == [WorkerLost]
     record = shop.records()[0]
     assert (record.state, "interrupted" in (record.error or ""), shop.effects()) == ("failed", True, [])
 

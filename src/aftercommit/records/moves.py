@@ -243,11 +243,12 @@ _KEY_AGAIN: Final = (
     "queued_key = CASE WHEN EXISTS (SELECT 1 FROM aftercommit_task o WHERE o.task = aftercommit_task.task "
     "AND o.queued_key = aftercommit_task.key) THEN NULL ELSE key END"
 )
-# What is due again at once keeps its place among the others.
+# What has not even been tried keeps its place among the others.
 _PG_BACK: Final = (
-    f"CASE WHEN CAST(:delay AS double precision) = 0 THEN run_at ELSE {_PG_NOW} + :delay * interval '1 second' END"
+    "CASE WHEN CAST(:refund AS integer) = 1 AND CAST(:delay AS double precision) = 0 THEN run_at "
+    f"ELSE {_PG_NOW} + :delay * interval '1 second' END"
 )
-_LITE_BACK: Final = f"CASE WHEN :delay = 0 THEN run_at ELSE {_LITE_LATER} END"
+_LITE_BACK: Final = f"CASE WHEN :refund = 1 AND :delay = 0 THEN run_at ELSE {_LITE_LATER} END"
 _GIVE_BACK = Statement(
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_PG_BACK}, worker = NULL, "
     f"attempt = attempt - :refund, {_KEY_AGAIN}, error = COALESCE(:error, error), "

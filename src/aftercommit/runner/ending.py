@@ -44,6 +44,7 @@ __all__ = [
     "note_repeat",
     "still_ours",
     "succeeded",
+    "tell_failed",
     "worn_out",
 ]
 
@@ -385,7 +386,7 @@ def _fail(run: Run, error: BaseException, ground: Ground) -> bool:
     if held is None:
         held = bool(ground.books.call(lambda connection: _write_failure(connection, run, error)))
     if held:
-        _failed(run, error)
+        tell_failed(run, error)
     return held
 
 
@@ -412,7 +413,7 @@ async def _async_fail(run: Run, error: BaseException, ground: Ground) -> bool:
     if held is None:
         held = bool(await ground.books.async_call(lambda connection: _write_failure(connection, run, error)))
     if held:
-        _failed(run, error)
+        tell_failed(run, error)
     return held
 
 
@@ -435,8 +436,8 @@ async def _async_call_on_failure(run: Run, error: BaseException, ground: Ground)
     return True
 
 
-def _failed(run: Run, error: BaseException) -> None:
-    """Tell of it."""
+def tell_failed(run: Run, error: BaseException) -> None:
+    """Tell that *run* has failed for good."""
     seconds = run.seconds
     run.task.figures.failed(seconds)
     signals.emit(signals.TaskFailed(**run.facts(), error=error, seconds=seconds))

@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
@@ -20,7 +21,7 @@ from aftercommit.records import moves, notifying, waiting, workers
 from aftercommit.records.ids import uuid7
 from aftercommit.runner.around import around
 from aftercommit.runner.bookkeeper import Bookkeeper
-from aftercommit.runner.ending import end, judge
+from aftercommit.runner.ending import end, judge, tell_failed
 from aftercommit.runner.lanes import Lane
 from aftercommit.runner.listening import Herald, Listener
 from aftercommit.runner.rounds import OVERRUN_SECONDS, Pace, Rounds, is_lost
@@ -218,11 +219,13 @@ class Runner:
                 self._report_memory_lost(run)
         mine = [run for run in runs if run.claim is not None]
         given: list[Run] = []
+        failed: list[Run] = []
         if not mine:
             return 0
 
         def write(connection: Connection) -> None:
-            given[:] = [run for run in mine if _write_back(connection, run)]
+            given[:] = [run for run in mine if not _may_not_begin_again(run) and _write_back(connection, run)]
+            failed[:] = [run for run in mine if _may_not_begin_again(run) and _write_interrupted(connection, run)]
 
         try:
             await self._write_patiently(write)
@@ -231,6 +234,8 @@ class Runner:
             return 0
         for run in mine:
             self._let_go(run)
+        for run in failed:
+            tell_failed(run, run.interrupted())
         for run in given:
             run.task.figures.given_back()
             signals.emit(signals.TaskGivenBack(**run.facts(), reason="its worker is stopping"))
@@ -385,13 +390,7 @@ class Runner:
     def _give_back(self, runs: Iterable[Run]) -> None:
         """Queue again what has not begun."""
         for run in runs:
-            claim = run.claim
-            assert claim is not None  # noqa: S101  # those in memory stay
-
-            def write(connection: Connection, *, claim: moves.Claim = claim) -> bool:
-                return moves.give_back(connection, claim, None, at="", delay=0.0, refund=True)
-
-            self.books.execute(write)
+            self.books.execute(partial(_write_back, run=run))
             self._let_go(run)
 
     # --- running ------------------------------------------------------------------------------------------------
@@ -565,13 +564,20 @@ class Runner:
                 self._changed.wait(min(left, 0.05))
 
 
+def _may_not_begin_again(run: Run) -> bool:
+    return bool(run.started) and run.task.settings.retry.attempts == 1
+
+
 def _write_back(connection: Connection, run: Run) -> bool:
-    """Queue it again; one that may begin only once, and has, fails instead."""
+    """Queue it again."""
     assert run.claim is not None  # noqa: S101  # those in memory cannot be queued
-    if run.started and run.task.settings.retry.attempts == 1:
-        moves.fail(connection, run.claim, failure_of(run.interrupted()), at=now())
-        return False
     return moves.give_back(connection, run.claim, None, at="", delay=0.0, refund=True)
+
+
+def _write_interrupted(connection: Connection, run: Run) -> bool:
+    """Fail it: it may begin only once, and has."""
+    assert run.claim is not None  # noqa: S101  # those in memory have no record
+    return moves.fail(connection, run.claim, failure_of(run.interrupted()), at=now())
 
 
 def _take_connection(run: Run, *, is_sqlite: bool) -> None:
