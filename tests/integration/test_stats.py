@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import sqlalchemy as sa
@@ -71,6 +72,35 @@ def test_nothing_has_happened_yet(database: DatabaseUnderTest) -> None:
     assert (stats.tasks["idle"].pool, stats.tasks["idle"].done, stats.tasks["idle"].run) == ("files", 0, Timing())
     assert stats.cluster is None
     assert [*db.sessions.pools["files"].opened] == []
+
+
+def test_a_connection_is_idle_in_its_transaction_until_that_ends(shop: Workshop) -> None:
+    """Behind a write its transaction is open, and on SQLite holds the lock; behind the commit neither is so."""
+    seen: list[Any] = []
+
+    def look() -> None:
+        seen.extend(shop.db.stats().pools["request"].holders)
+
+    def body(connection: sa.Connection) -> None:
+        for end in (connection.commit, connection.rollback):
+            connection.execute(sa.insert(Effect).values(label="x"))
+            look()
+            end()
+            look()
+
+    async def async_body() -> None:
+        async with shop.db.async_engine().connect() as connection:
+            await connection.run_sync(body)
+
+    with shop.running():
+        if shop.is_async:
+            shop.on_loop(async_body())
+        else:
+            with shop.db.engine().connect() as connection:
+                body(connection)
+
+    assert [each.idle is not None for each in seen] == [True, False] * 2
+    assert [each.locked for each in seen] == [shop.under_test.is_sqlite, False] * 2
 
 
 @sync_drivers
