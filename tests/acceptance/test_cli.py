@@ -219,6 +219,20 @@ def test_worker_runs_only_the_pools_it_is_told(engine: Engine) -> None:
     assert states(engine) == {"double": "queued", "refuse": "failed"}
 
 
+@pytest.mark.parametrize("engine", ["postgresql", "asyncpg"], indirect=True)
+def test_a_strict_worker_does_not_start_beyond_the_servers_limit(engine: Engine) -> None:
+    """``--processes`` and ``--strict`` are those of ``db.running``: the worker says the arithmetic, and ends."""
+    run("schema", "--apply")
+
+    refused = run("worker", "--processes", "1000", "--strict")
+
+    assert refused.returncode == 2
+    assert "AC403" in refused.stderr
+    assert "1000" in refused.stderr
+    with Session(engine) as session:
+        assert list(session.scalars(select(WorkerRecord))) == []
+
+
 def test_tasks_are_listed_shown_retried_and_cancelled(engine: Engine) -> None:
     """Everything about tasks can be read and changed, by id and by filter, by people and by scripts."""
     run("schema", "--apply")

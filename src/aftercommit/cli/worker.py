@@ -34,6 +34,12 @@ def worker(  # noqa: PLR0917  # options of a command
         typer.Option("--import", help="Modules that declare tasks, if the first one does not import them."),
     ] = None,
     grace: Annotated[float, typer.Option(help="Seconds that running tasks get after SIGTERM.")] = 15.0,
+    processes: Annotated[
+        int | None, typer.Option(help="Processes that share the server's connections; by default those that live.")
+    ] = None,
+    strict: Annotated[  # noqa: FBT002  # an option of a command
+        bool, typer.Option("--strict", help="Do not start where all of them may open more than the server allows.")
+    ] = False,
     log_level: Annotated[str, typer.Option(help="Of the log on standard error.")] = "INFO",
 ) -> None:
     """Run the tasks of a database, until SIGTERM or Ctrl+C."""
@@ -44,12 +50,14 @@ def worker(  # noqa: PLR0917  # options of a command
     chosen = None if pools is None else tuple(name.strip() for name in pools.split(",") if name.strip())
     try:
         with asyncio.Runner() as runner:
-            runner.run(_serve(database, chosen, grace))
+            runner.run(_serve(database, chosen, grace, processes, strict=strict))
     except AfterCommitError as exc:
         raise fail(str(exc)) from exc
 
 
-async def _serve(db: Database, pools: tuple[str, ...] | None, grace: float) -> None:
+async def _serve(
+    db: Database, pools: tuple[str, ...] | None, grace: float, processes: int | None, *, strict: bool
+) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in _STOPPING:
@@ -57,7 +65,7 @@ async def _serve(db: Database, pools: tuple[str, ...] | None, grace: float) -> N
         # in order.
         signal.signal(number, partial(_heard, loop, stop))
     try:
-        async with db.running(runs=pools, grace=grace):
+        async with db.running(runs=pools, grace=grace, processes=processes, strict=strict):
             runner = db.runner
             if runner is None:
                 raise fail("There is nothing to run: no pool was chosen (--pools, or AFTERCOMMIT_RUNS).")
