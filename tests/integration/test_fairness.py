@@ -134,3 +134,44 @@ def test_what_waits_behind_slow_tasks_is_left_to_others(shop: Workshop, monkeypa
     assert (ahead, kept, left) == (12, 2, 27)
     assert in_order(shop)[4:] == [f"{n:02}" for n in range(30)]
     assert {shop.record(id).attempt for id in ids} == {1}
+
+
+def test_what_cannot_be_given_back_now_is_given_back_later(
+    database: DatabaseUnderTest, monkeypatch: pytest.MonkeyPatch
+):
+    """On SQLite the slow task may hold the lock that it takes to queue the others again: none of them is lost."""
+    monkeypatch.setattr(lanes, "_AHEAD_SECONDS", 1000.0)
+    # No heartbeat before that is tried.
+    shop = Workshop(database, heartbeat=4.0, silent_after=30.0, pools={"one": PoolSettings(pool_size=1)})
+    gate, begun = threading.Event(), threading.Event()
+
+    @shop.task(pool="one")
+    def quick(session: Session, label: str) -> None:
+        session.add(Effect(label=label))
+
+    @shop.task(pool="one")
+    def slow(session: Session, label: str) -> None:
+        session.add(Effect(label=label))
+        session.flush()
+        begun.set()
+        gate.wait(TIMEOUT)
+
+    with shop.running():
+        for number in range(4):
+            shop.ask(quick, f"quick {number}")
+        shop.drain()
+        ids = shop.commit(lambda session: [shop.db.after_commit(session, slow, f"{n:02}").id for n in range(12)])
+        assert begun.wait(TIMEOUT)
+        pause, deadline = threading.Event(), time.monotonic() + TIMEOUT
+        runner = shop.db.runner
+        assert runner is not None
+        while (kept := len(runner.held)) != 3 and time.monotonic() < deadline:
+            pause.wait(0.02)
+        gate.set()
+        shop.drain()
+
+    # The one that runs, and two at hand.
+    assert kept == 3
+    assert in_order(shop)[4:] == [f"{n:02}" for n in range(12)]
+    assert {(shop.record(id).state, shop.record(id).attempt) for id in ids} == {("succeeded", 1)}
+    shop.close()

@@ -8,7 +8,6 @@ import logging
 import threading
 import time
 from collections import deque
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
@@ -30,7 +29,7 @@ from aftercommit.runner.shells import run_async, run_sync
 from aftercommit.tasks.transient import Fault, fault_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from sqlalchemy import URL, Connection
 
@@ -387,11 +386,16 @@ class Runner:
             lane.expect()
             self.herald.tell(lane.name)
 
-    def _give_back(self, runs: Iterable[Run]) -> None:
+    def _give_back(self, runs: Sequence[Run]) -> None:
         """Queue again what has not begun."""
-        for run in runs:
-            self.books.execute(partial(_write_back, run=run))
-            self._let_go(run)
+        if not runs:
+            return
+        try:
+            self.books.execute(lambda connection: [_write_back(connection, run) for run in runs])
+        finally:
+            # Even if that could not be written now: the next heartbeat sees what we do not hold, and queues it again.
+            for run in runs:
+                self._let_go(run)
 
     # --- running ------------------------------------------------------------------------------------------------
 
