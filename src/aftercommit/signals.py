@@ -406,7 +406,8 @@ class LoopBlocked(Signal):
 
 S = TypeVar("S", bound=Signal)
 
-_lock = threading.Lock()
+# Taken again by its own thread: a session that is collected while it is held is told of at that very moment.
+_lock = threading.RLock()
 _subscribers: defaultdict[type[Signal], tuple[Callable[[Any], None], ...]] = defaultdict(tuple)
 _called: dict[type[Signal], tuple[Callable[[Any], None], ...]] = {}
 """Who is called with signals of a class, those of its base classes included; made when it is first asked for."""

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import re
+import threading
 from uuid import UUID
 
 import pytest
@@ -57,3 +58,23 @@ def test_what_nobody_listens_to_is_not_wanted():
     signals.unsubscribe(seen.append)
 
     assert (before, by_itself, after, by_its_base) == (False, True, False, True)
+
+
+def test_what_is_collected_while_somebody_subscribes_is_told_of():
+    """A session may be collected between any two lines, also of ``subscribe``: its thread does not wait for itself."""
+    seen: list[signals.SessionLeaked] = []
+    signals.subscribe(signals.SessionLeaked)(seen.append)
+
+    def collect() -> None:
+        with signals._lock:
+            signals.emit(signals.SessionLeaked(pool="request", owner="code", line=None, seconds=1.0))
+
+    thread = threading.Thread(target=collect, daemon=True)
+    thread.start()
+    thread.join(10.0)
+    signals._called.clear()
+    is_stuck = thread.is_alive()
+
+    assert not is_stuck
+    assert len(seen) == 1
+    signals.unsubscribe(seen.append)
