@@ -998,7 +998,7 @@ def _owner() -> Owner:
     """The code that opens a session, and what it runs in."""
     run = current_run()
     where = f"task {run.name!r}, attempt {run.attempt}" if run is not None else serving.get()
-    return Owner("code" if where is None else f"code in {where}", user_line())
+    return Owner("code" if where is None else f"code in {where}", user_line(behind=1))
 
 
 def _note_fault(context: Any) -> None:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import QueuePool
 
+from aftercommit.pools.holds import shortened
 from aftercommit.pools.pools import REQUEST
-from aftercommit.pools.register import shortened
 from aftercommit.pools.timing import Timing
 from aftercommit.records.sweeping import ClusterTask
 from aftercommit.sessions import Owner
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from aftercommit.pools import Pool, Pools
-    from aftercommit.pools.register import Hold
+    from aftercommit.pools.holds import Hold
     from aftercommit.runner import Runner
     from aftercommit.runner.lanes import Lane
     from aftercommit.tasks import Task
@@ -200,7 +200,8 @@ def _pool(pool: Pool, lane: Lane | None, *, running: int, backlog: int) -> PoolS
         name=pool.name,
         size=settings.pool_size * flavours,
         max_overflow=settings.max_overflow * flavours,
-        in_use=len(holds),
+        # Who has one is known from when he has begun; of a pool of another kind, that is all that is known.
+        in_use=sum(each.checkedout() for each in queues) if len(queues) == len(engines) else len(holds),
         idle=sum(each.checkedin() for each in queues),
         overflow=sum(max(0, each.overflow()) for each in queues),
         waiting=register.waiting,

@@ -24,7 +24,7 @@ from aftercommit import BatchReport, Database, PoolSettings, Retry, TaskRecord, 
 from aftercommit.batches import sources
 from aftercommit.batches.stretches import Stretch, gaps, merged
 from aftercommit.errors import BatchError, BatchStopped, ConfigurationError, RowGone
-from aftercommit.sessions.owner import owner_of
+from aftercommit.sessions.owner import OWNER
 from tests.support.databases import DatabaseUnderTest
 
 
@@ -1265,7 +1265,7 @@ class Deaths:
                 raise _Crash
 
     def _is_batch(self, session: Session) -> bool:
-        owner = owner_of(session)
+        owner = session.info[OWNER]
         return owner is not None and owner.name.startswith("batch of") and session.get_nested_transaction() is None
 
 

@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import queue
+import socket
 import threading
 from collections.abc import Iterator
 
@@ -39,6 +40,14 @@ def told() -> Iterator[Told]:
 
     yield said
     signals.unsubscribe(listen)
+
+
+@pytest.fixture
+def unanswering() -> Iterator[str]:
+    """The URL of a server that takes connections, and says nothing."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        yield f"postgresql+psycopg://nobody@127.0.0.1:{port}/nothing?connect_timeout=2"
 
 
 @pytest.mark.drivers("psycopg", "pysqlite")
@@ -80,6 +89,32 @@ def test_an_async_pool_that_runs_dry_names_the_holders(database: DatabaseUnderTe
 
     assert "test_holders.py:" in message
     assert "'SELECT 1'" in message
+
+
+def test_connections_that_are_being_made_are_told_of(unanswering: str) -> None:
+    """Of a pool whose server does not answer it is said that its connections are being made, and by nobody held."""
+    db = Database(unanswering, pool=PoolSettings(1, 0, pool_timeout=0.05))
+    outcome: list[BaseException] = []
+
+    def connect_in_vain() -> None:
+        try:
+            with db.session() as session:
+                session.execute(text("SELECT 1"))
+        except sqlalchemy.exc.SQLAlchemyError as exc:
+            outcome.append(exc)
+
+    first = threading.Thread(target=connect_in_vain)
+    first.start()
+    while not db.engine().pool.checkedout():  # type: ignore[attr-defined]
+        assert first.is_alive()
+    with db.session() as session, pytest.raises(PoolExhausted, match="1 being connected, or beginning") as caught:
+        session.execute(text("SELECT 1"))
+    first.join(30)
+
+    assert "Held by:" in str(caught.value)
+    assert len(outcome) == 1
+    assert db.engine().pool.checkedout() == 0  # type: ignore[attr-defined]
+    db.dispose()
 
 
 @pytest.mark.drivers("psycopg")
@@ -236,7 +271,8 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock that stands still until it is moved."""
     made = Clock()
-    monkeypatch.setattr("aftercommit.pools.register.time", made)
+    for module in ("pools.holds", "pools.register", "sessions.leaks"):
+        monkeypatch.setattr(f"aftercommit.{module}.time", made)
     return made
 
 
@@ -275,6 +311,22 @@ def test_one_second_is_too_long_for_the_write_lock(database: DatabaseUnderTest, 
         session.execute(text("CREATE TABLE held (id INTEGER)"))
         assert kinds_after(db, told, clock, 0.9) == []
         assert kinds_after(db, told, clock, 0.2) == ["ConnectionHeld"]
+    db.dispose()
+
+
+@pytest.mark.drivers("pysqlite")
+def test_a_lock_is_as_old_as_its_holder_at_the_most(database: DatabaseUnderTest, told: Told, clock: Clock) -> None:
+    """What an earlier holder of the connection did is not held against the next, who begins by hand."""
+    db = Database(database.url, pool=PoolSettings(1, 0, warn_after=60.0))
+
+    with db.session() as session:
+        session.execute(text("CREATE TABLE held (id INTEGER)"))
+    clock.now += 5.0
+    with db.engine().connect() as connection:
+        connection.exec_driver_sql("BEGIN")
+        kinds = kinds_after(db, told, clock, 0.1)
+
+    assert kinds == []
     db.dispose()
 
 
@@ -350,6 +402,76 @@ def test_what_is_returned_in_time_is_not_spoken_of(database: DatabaseUnderTest, 
     db.sessions.pools.report_late()
 
     assert told.empty()
+    db.dispose()
+
+
+@sync_drivers
+def test_after_a_statement_that_failed_the_holder_is_idle(database: DatabaseUnderTest, told: Told) -> None:
+    """A statement that has failed runs no longer: what is held meanwhile is an idle transaction."""
+    db = Database(database.url, pool=PoolSettings(1, 0, warn_after=1e-9))
+
+    with db.session() as session:
+        with pytest.raises(sqlalchemy.exc.DBAPIError):
+            session.execute(text("SELECT * FROM nowhere"))
+        held = report(db, told)
+        session.rollback()
+
+    assert held.statement == "SELECT * FROM nowhere"
+    assert held.idle is not None
+    db.dispose()
+
+
+@sync_drivers
+def test_each_transaction_of_a_session_is_a_hold_of_its_own(database: DatabaseUnderTest, told: Told) -> None:
+    """After a commit the connection is back, and the next transaction is timed, and reported, anew."""
+    db = Database(database.url, pool=PoolSettings(1, 0, warn_after=1e-9))
+
+    with db.session() as session:
+        session.execute(text("SELECT 1"))
+        first = report(db, told)
+        session.commit()
+        returned = told.get_nowait()
+        between = db.sessions.pools["request"].register.holds()
+        session.connection()
+        second = report(db, told)
+
+    assert isinstance(returned, signals.ConnectionReturned)
+    assert between == []
+    assert (first.statement, second.statement) == ("SELECT 1", None)
+    assert second.seconds < returned.seconds
+    db.dispose()
+
+
+@sync_drivers
+def test_the_second_connection_of_a_transaction_is_told_too(database: DatabaseUnderTest, told: Told) -> None:
+    """A session that works on two pools at once holds a connection of each."""
+    db = Database(database.url, pools={"request": PoolSettings(1, 0), "files": PoolSettings(1, 0)})
+    registers = [db.sessions.pools[name].register for name in ("request", "files")]
+
+    with db.session() as session:
+        session.execute(text("SELECT 1"))
+        session.execute(text("SELECT 2"), bind_arguments={"bind": db.engine("files")})
+        holds = [[hold.statement for hold in each.holds()] for each in registers]
+        owners = [hold.owner for each in registers for hold in each.holds()]
+    after = [each.holds() for each in registers]
+
+    assert holds == [["SELECT 1"], ["SELECT 2"]]
+    assert owners[0] == owners[1]
+    assert after == [[], []]
+    db.dispose()
+
+
+@pytest.mark.drivers("psycopg")
+def test_a_connection_that_was_lost_is_held_by_nobody(database: DatabaseUnderTest) -> None:
+    """A connection that has broken is its pool's no longer, though the session has not ended yet."""
+    db = Database(database.url, pool=PoolSettings(1, 0))
+
+    with db.session() as session:
+        session.connection().invalidate()
+        holds, checked_out = db.sessions.pools["request"].register.holds(), db.stats().pools["request"].in_use
+        session.rollback()
+
+    assert (holds, checked_out) == ([], 0)
     db.dispose()
 
 

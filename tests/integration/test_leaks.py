@@ -21,7 +21,7 @@ from sqlalchemy.orm import Session
 
 from aftercommit import Database, PoolSettings, signals
 from aftercommit.fastapi import AsyncSessionDep, SessionDep, install
-from aftercommit.sessions import Line, Owner
+from aftercommit.sessions import Owner, line_of
 from tests.support.databases import DatabaseUnderTest
 from tests.support.workshop import Base, Effect, Heard, Workshop
 
@@ -350,6 +350,26 @@ def test_an_async_session_that_outlives_its_loop_is_reported(
     assert [record for record in caplog.records if record.name.startswith("sqlalchemy")] == []
 
 
+@sync_drivers
+def test_who_still_has_the_connection_of_a_lost_session_is_not_forgotten(db: Database, heard: Heard) -> None:
+    """The connection is in use as long as somebody has it, and is told under the owner of the session."""
+    session = enter(db)
+    connection = session.connection()
+    del session
+    gc.collect()
+
+    (hold,) = db.sessions.pools["request"].register.holds()
+    name, line = hold.owner.name, str(hold.owner.line)
+    connection.execute(sa.text("SELECT 'later'"))
+    statement = hold.statement
+    connection.close()
+
+    assert (name, statement) == ("code", "SELECT 'later'")
+    assert line.endswith("in enter")
+    assert len(heard.of(signals.SessionLeaked)) == 1
+    assert db.sessions.pools["request"].register.holds() == []
+
+
 @async_drivers
 async def test_a_connection_that_somebody_still_has_is_left_to_him(adb: Database, heard: Heard) -> None:
     """Whoever took the connection from the session, and dropped only the session, goes on with it."""
@@ -432,7 +452,7 @@ async def test_a_leak_in_a_request_names_the_request(database: DatabaseUnderTest
     [
         (Owner("POST /files", kind="request"), None),
         (Owner("task 'file', attempt 2", kind="task"), None),
-        (Owner("code", Line("app.py", 7, "main")), "app.py:7 in main"),
+        (Owner("code", line_of(enter)), f"{__file__}:{enter.__code__.co_firstlineno} in enter"),
     ],
 )
 @sync_drivers

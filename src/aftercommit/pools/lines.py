@@ -9,30 +9,43 @@ import importlib.util
 import os
 import sys
 import threading
-from functools import cache, lru_cache
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy.orm.session
 
 if TYPE_CHECKING:
     from types import CodeType, FrameType
 
-__all__ = ["Line", "is_machinery", "is_users", "line_of", "opening_line", "user_line"]
+__all__ = ["SESSION", "Line", "is_machinery", "is_sessions", "is_users", "line_at", "line_of", "user_line"]
 
 
-class Line(NamedTuple):
-    """A place in the source; a tuple, because one is made for every session, and nothing immutable is made faster.
+class Line(tuple["CodeType", int]):
+    """A place in the source.
 
-    Attributes:
-        file: The path of the file.
-        number: The line, from 1.
-        function: The function it stands in.
+    One is made for every session, and looked at by nearly nobody. So it is a tuple, which is made without a call of
+    Python, of the code and how far that had come: to count its lines takes longer the longer the function is.
     """
 
-    file: str
-    number: int
-    function: str
+    __slots__ = ()
+
+    @property
+    def file(self) -> str:
+        """The path of the file."""
+        return self[0].co_filename
+
+    @property
+    def number(self) -> int:
+        """The line, from 1."""
+        code, at = self
+        lines = (line for begin, end, line in code.co_lines() if begin <= at < end and line is not None)
+        return next(lines, code.co_firstlineno)
+
+    @property
+    def function(self) -> str:
+        """The function it stands in."""
+        return self[0].co_name
 
     def __str__(self) -> str:
         """``file:line in function``."""
@@ -46,7 +59,9 @@ _OPTIONAL: Final = ("anyio", "fastapi", "greenlet", "sqlmodel", "starlette", "uv
 _MACHINERY: Final = tuple(
     str(Path(file).parent) + os.sep for file in (Path(__file__).parent, sqlalchemy.__file__ or "")
 )
-_SESSION: Final = sqlalchemy.orm.session.__file__
+SESSION: Final = sqlalchemy.orm.session.__file__
+_BEFORE: Final = -1
+"""How far code has come that was not begun; its line is the one that defines it."""
 
 
 @cache
@@ -76,20 +91,34 @@ def is_machinery(file: str) -> bool:
     return file.startswith(_MACHINERY)
 
 
-def user_line() -> Line | None:
-    """The innermost line of the stack that belongs to no library; None where there is none."""
-    # inspect.stack() would read source files; this costs a microsecond.
-    return _innermost(sys._getframe(1))  # noqa: SLF001  # see above
+def user_line(behind: int = 0) -> Line | None:
+    """The innermost line of the stack that belongs to no library; None where there is none.
 
-
-def opening_line() -> Line | None:
-    """The line that takes a connection from an engine by hand; None where a session takes it, which has an owner."""
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  # see user_line
-    while frame is not None and _is_library(frame.f_code.co_filename):
-        if frame.f_code.co_filename == _SESSION:
-            return None
+    Args:
+        behind: How many callers, counted from the one that calls this, are known to be this library's.
+    """
+    # inspect.stack() would read source files; and each frame that is looked at must be made an object for that.
+    frame: FrameType | None = sys._getframe(1 + behind)  # noqa: SLF001  # see above
+    while frame is not None:
+        if not _is_library(frame.f_code.co_filename):
+            return Line((frame.f_code, frame.f_lasti))
         frame = frame.f_back
-    return _innermost(frame)
+    return _behind_greenlets()
+
+
+def is_sessions() -> bool:
+    """Whether it is a session that takes a connection, and not somebody by hand."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  # see user_line
+    while frame is not None and _is_library(file := frame.f_code.co_filename):
+        if file == SESSION:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def line_at(frame: FrameType) -> Line:
+    """Where *frame* is at this moment."""
+    return Line((frame.f_code, frame.f_lasti))
 
 
 def line_of(function: Any) -> Line | None:
@@ -97,26 +126,18 @@ def line_of(function: Any) -> Line | None:
     while (inner := getattr(function, "__wrapped__", None)) is not None:
         function = inner
     code = getattr(function, "__code__", None)
-    return None if code is None else _line_of_code(code)
+    return None if code is None else Line((code, _BEFORE))
 
 
-@lru_cache(maxsize=1024)
-def _line_of_code(code: CodeType) -> Line:
-    return Line(code.co_filename, code.co_firstlineno, code.co_name)
-
-
-def _innermost(frame: FrameType | None) -> Line | None:
-    seen = None
-    while True:
+def _behind_greenlets() -> Line | None:
+    # SQLAlchemy runs what is behind an AsyncSession in a greenlet: who called it stands in the one outside.
+    greenlet = sys.modules.get("greenlet")
+    outer = None if greenlet is None else greenlet.getcurrent().parent
+    while outer is not None:
+        frame = outer.gr_frame
         while frame is not None:
             if not _is_library(frame.f_code.co_filename):
-                return Line(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+                return line_at(frame)
             frame = frame.f_back
-        # SQLAlchemy runs what is behind an AsyncSession in a greenlet: who called it stands in the one outside.
-        greenlet = sys.modules.get("greenlet")
-        if greenlet is None:
-            return None
-        seen = (greenlet.getcurrent() if seen is None else seen).parent
-        if seen is None:
-            return None
-        frame = seen.gr_frame
+        outer = outer.parent
+    return None

@@ -2,111 +2,36 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from contextlib import contextmanager
-from functools import partial
 from typing import TYPE_CHECKING, Any, Final
+from weakref import ref
 
 from sqlalchemy import AsyncAdaptedQueuePool, QueuePool, event
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.util.queue import Empty
+from sqlalchemy.util.queue import Empty, Full
 
 from aftercommit import signals
 from aftercommit.errors import PoolExhausted
-from aftercommit.pools.lines import opening_line
+from aftercommit.pools.holds import HOLD, KEPT, LOCKED, Hold, note_statements, shortened
+from aftercommit.pools.lines import SESSION, is_sessions, user_line
 from aftercommit.pools.standstill import Flow, stop_waiting, this_flow, wait_for, waiting_among
-from aftercommit.pools.steps import steps_of
 from aftercommit.pools.timing import Meter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sqlalchemy import Connection, Engine, PoolProxiedConnection
-    from sqlalchemy.engine.interfaces import DBAPIConnection
+    from sqlalchemy import Connection, Engine, Pool
 
-    from aftercommit.pools.lines import Line
+__all__ = ["AsyncExplainingPool", "ExplainingPool", "Register", "register_of"]
 
-__all__ = [
-    "AsyncExplainingPool",
-    "ExplainingPool",
-    "Hold",
-    "Register",
-    "hold_of",
-    "name_holder",
-    "note_lock",
-    "shortened",
-]
-
-_HOLD: Final = "aftercommit.hold"
-_ALWAYS_ENDED: Final = frozenset({"request", "task"})
-_KEPT: Final = "_aftercommit_hold"
-_OPEN: Final = frozenset({2, 3})
-"""Of libpq's PGTransactionStatusType: in a transaction, and in one that has failed."""
+_REGISTER: Final = "_aftercommit_register"
 _SHOWN: Final = 10
-_STATEMENT: Final = 200
 
 LOCK_SECONDS: Final = 1.0
 """For which SQLite's one write lock may be held before that is reported."""
-
-
-class Hold:
-    """A connection that is in use. Times are of the monotonic clock.
-
-    One is made whenever a connection is taken, so what it may know later stands in the class until then.
-
-    Attributes:
-        since: When it was taken.
-        owner: Who has it; its text says so, with the line where that is known.
-        line: Where it was taken from the engine by hand; None where it was not.
-        allowed: Seconds that its owner may take, where that is known (a task's ``timeout``).
-        statement: The statement that was run last.
-        done_since: When that one was done; None during a statement.
-        locked_since: When it last took SQLite's write lock.
-        reported: Whether it was reported as held too long.
-        is_returned: Whether the connection went back to its pool.
-    """
-
-    owner: object = "code that took it from the engine"
-    allowed: float | None = None
-    statement: str | None = None
-    done_since: float | None = None
-    locked_since: float | None = None
-    reported: bool = False
-    is_returned: bool = False
-
-    def __init__(self, since: float, line: Line | None, driver: Any) -> None:
-        self.since = since
-        self.line = line
-        self._driver = driver
-
-    @property
-    def holder(self) -> str:
-        """Who has it, and the line that took it."""
-        return str(self.owner) if self.line is None else f"{self.owner} ({self.line})"
-
-    def idle(self, now: float) -> float | None:
-        """Seconds for which its transaction has been open and nothing was done in it; None if that is not so."""
-        done = self.done_since
-        # Only whoever asks pays for it: commits and rollbacks are not noted. In SQLite a read begins nothing, but
-        # SQLAlchemy's transaction is open by then, and holds the connection.
-        is_open = is_in_transaction(self._driver, unknown=self.locked_since is None)
-        return max(0.0, now - done) if done is not None and is_open else None
-
-    def locked(self, now: float) -> float | None:
-        """Seconds for which it has had SQLite's write lock; None if it has not."""
-        since = self.locked_since
-        return max(0.0, now - since) if since is not None and is_in_transaction(self._driver) else None
-
-    def describe(self, now: float) -> str:
-        """Say who, for how long, and what it is doing."""
-        text = f"{self.holder}, for {now - self.since:.1f} s"
-        idle = self.idle(now)
-        if idle is not None and idle >= 0.1:  # noqa: PLR2004  # less is the pause between two statements
-            text += f", idle in its transaction for {idle:.1f} s"
-        if self.statement is not None:
-            text += f", {'in' if self.done_since is None else 'after'} {shortened(self.statement)!r}"
-        return text
 
 
 class Register:
@@ -115,12 +40,16 @@ class Register:
     Args:
         pool: Its name.
         warn_after: Seconds for which a connection may be held before that is reported.
+
+    Attributes:
+        sessions: Those that are open, by an id; they hold a connection while they are in a transaction.
     """
 
     def __init__(self, pool: str, warn_after: float) -> None:
         self.pool = pool
+        self.sessions: dict[int, Hold] = {}
         self._warn_after = warn_after
-        self._holds: dict[Any, Hold] = {}
+        self._others: dict[int, Hold] = {}
         self._lock = threading.Lock()
         self.waiting = 0
         self.exhaustions = 0
@@ -128,18 +57,19 @@ class Register:
 
     def attach(self, engine: Engine) -> None:
         """Write down what an engine's connections do."""
-        event.listen(engine, "checkout", partial(self._taken, engine))
-        event.listen(engine, "checkin", self._returned)
-        event.listen(engine, "detach", self._detached)
-        steps = steps_of(engine)
-        steps.before_statement.append(_begin_statement)
-        steps.after_statement.append(_end_statement)
-        if isinstance(engine.pool, (ExplainingPool, AsyncExplainingPool)):
+        vars(engine.dialect)[_REGISTER] = self
+        if isinstance(engine.pool, _Explaining):
             engine.pool.register = self
+        else:
+            event.listen(engine, "checkout", lambda _connection, entry, _proxy: self.take(entry))
+            event.listen(engine, "checkin", lambda _connection, entry: self.returned(entry))
+            event.listen(engine, "detach", lambda _connection, entry: self.returned(entry))
+        note_statements(engine)
 
     def holds(self) -> list[Hold]:
         """Everything that is in use now, the longest held first."""
-        now = list(self._holds.values())  # in one step: others come and go meanwhile
+        # Each in one step: others come and go meanwhile.
+        now = [hold for hold in (*self.sessions.values(), *self._others.values()) if hold.is_in_use]
         return sorted(now, key=lambda hold: hold.since)
 
     def exhausted(self, pool: _Explaining, seconds: float) -> PoolExhausted:
@@ -150,7 +80,7 @@ class Register:
             f"All {pool.size() + max(0, pool.overflow())} connections of pool {self.pool!r} are in use (size "
             f"{pool.size()}, overflow {max(0, pool.overflow())}), and none came back within {seconds:g} s; "
             f"{self.waiting} waiting. Held by:\n"
-            + self._listed()
+            + self._listed(pool)
             + stuck
             + "\nEnd sessions before slow work, or give the pool more with "
             "PoolSettings(pool_size=…, max_overflow=…).",
@@ -167,7 +97,7 @@ class Register:
         return PoolExhausted(
             f"Pool {self.pool!r} has no connection left, and to wait for one would be in vain: all {len(pool.flows())} "
             f"({size}) are held by {who}. Refused at once, so that what is held comes back. Held by:\n"
-            + self._listed()
+            + self._listed(pool)
             + "\nUse the session that is open already, end or commit it before another is opened, open the other "
             "one on another pool (db.session(pool=…)), or give the pool connections for all: concurrency x "
             "(connections that one needs - 1) + 1, with PoolSettings(max_overflow=…, concurrency=…).",
@@ -177,24 +107,27 @@ class Register:
             is_alone=alone,
         )
 
-    def note_dry(self, seconds: float, *, waiting: int) -> None:
+    def note_dry(self, seconds: float, *, held: int, waiting: int) -> None:
         """Count somebody who got no connection, and tell of him.
 
         Args:
             seconds: For how long he waited.
+            held: Connections that were in use.
             waiting: Others that still wait.
         """
         with self._lock:
             self.exhaustions += 1
-        held = len(self._holds)
         signals.emit(signals.PoolRanDry(pool=self.pool, seconds=seconds, held=held, waiting=waiting))
 
-    def _listed(self) -> str:
+    def _listed(self, pool: _Explaining) -> str:
         now = time.monotonic()
         holds = self.holds()
         listed = [f"  {hold.describe(now)}" for hold in holds[:_SHOWN]]
         if len(holds) > _SHOWN:
             listed.append(f"  and {len(holds) - _SHOWN} more")
+        unready = pool.checkedout() - sum(hold.pool is pool for hold in holds)
+        if unready > 0:
+            listed.append(f"  {unready} being connected, or beginning a transaction")
         return "\n".join(listed)
 
     def report_late(self) -> None:
@@ -213,36 +146,63 @@ class Register:
                 )
             )  # fmt: skip
 
-    def _taken(self, engine: Engine, connection: DBAPIConnection, record: Any, _proxy: Any) -> None:
-        hold = Hold(time.monotonic(), opening_line(), connection)
-        if hold.line is not None and isinstance(engine.pool, _Explaining):
-            engine.pool.forget_taker(record)
-        record.record_info[_HOLD] = hold
-        self._holds[record] = hold
+    def take(self, entry: Any, pool: Pool | None = None) -> None:
+        """Note that a connection is taken, if it is taken by hand: sessions say so themselves, when they begin.
 
-    def _returned(self, _connection: DBAPIConnection | None, record: Any) -> None:
-        record.record_info.pop(_HOLD, None)
-        hold = self._holds.pop(record, None)
-        if hold is None:
+        Args:
+            entry: What the pool gives out.
+            pool: The pool, if it is one of ours.
+        """
+        if is_sessions():
             return
-        hold.is_returned = True
+        # A bare connection may be handed to whoever works on it and gives it back: nobody knows in which flow.
+        hold = Hold()
+        hold.line = user_line()
+        hold.pool = pool
+        self._note(hold, entry.record_info)
+        hold.source = entry
+
+    def taken_by(self, connection: Connection, owner: object, *, after: Hold | None = None) -> None:
+        """Note that somebody has a connection that no session of ours has, or no longer.
+
+        Args:
+            connection: It has begun.
+            owner: Whoever has it; the text of this is shown.
+            after: Who had it before, if it was not taken now.
+        """
+        pooled = connection.connection
+        hold = Hold()
+        hold.owner = owner
+        hold.pool = connection.engine.pool
+        self._note(hold, pooled.record_info)
+        if after is None:
+            hold.flow = this_flow()
+        else:
+            hold.since, hold.reported = after.since, after.reported
+            hold.statement, hold.done_since = after.statement, after.done_since
+        # Weakly: dropped, it is to come back.
+        hold.source = ref(pooled)
+        vars(connection)[KEPT] = hold
+
+    def _note(self, hold: Hold, facts: Any) -> None:
+        hold.since = time.monotonic()
+        facts[HOLD] = hold
+        self._others[id(hold)] = hold
+
+    def returned(self, entry: Any) -> None:
+        """Note that a connection is its pool's again, or that its place is: it may have been detached."""
+        entry.info.pop(LOCKED, None)
+        hold = entry.record_info.pop(HOLD, None)
+        if hold is not None:
+            self._others.pop(id(hold), None)
+            self.tell_of_return(hold)
+            hold.source = None
+
+    def tell_of_return(self, hold: Hold) -> None:
+        """Tell that a connection is back, where it was reported as held too long."""
         if hold.reported:
             seconds = time.monotonic() - hold.since
             signals.emit(signals.ConnectionReturned(pool=self.pool, owner=hold.holder, seconds=seconds))
-        if signals.wanted(signals.ConnectionUsed):
-            # What is left to the garbage collector comes back at any moment, in the middle of a subscriber holding a
-            # lock of its own: sessions of requests and tasks are always ended.
-            kind = getattr(hold.owner, "kind", None)
-            if kind in _ALWAYS_ENDED:
-                seconds = time.monotonic() - hold.since
-                signals.emit(signals.ConnectionUsed(pool=self.pool, kind=kind, seconds=seconds))
-
-    def _detached(self, _connection: DBAPIConnection, record: Any) -> None:
-        # Whoever has it keeps it, but it is the pool's no longer. If the place has been taken again meanwhile, with a
-        # connection of its own, what stands there is somebody else's.
-        if record.dbapi_connection is None:
-            record.record_info.pop(_HOLD, None)
-            self._holds.pop(record, None)
 
     @contextmanager
     def someone_waits(self) -> Iterator[None]:
@@ -266,24 +226,17 @@ class _Explaining(QueuePool):
 
     register: Register | None = None
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        # Noted before a connection is given out, and forgotten before it can be given to the next: whoever is here
-        # has one, though not everybody who has one is here.
-        self._takers: dict[Any, Flow] = {}
-
     def flows(self) -> list[Flow]:
-        """Who has connections of this pool."""
-        return list(self._takers.values())  # in one step: others come and go meanwhile
+        """Who has connections of this pool; not everybody who has one is known."""
+        register = self.register
+        holds = [] if register is None else register.holds()
+        return [hold.flow for hold in holds if hold.pool is self and hold.flow is not None]
 
     def takers(self) -> list[Flow] | None:
         """Who has all of its connections; None while it may still have one to give."""
+        places = self.size() + max(0, self._max_overflow)
         flows = self.flows()
-        return flows if len(flows) >= self.size() + max(0, self._max_overflow) else None
-
-    def forget_taker(self, record: Any) -> None:
-        """Nobody knows who has it: a bare connection may be handed to whoever works on it and gives it back."""
-        self._takers.pop(record, None)
+        return flows if self.checkedout() >= places <= len(flows) else None
 
     def recreate(self) -> QueuePool:
         """Make another like it, known to the same register."""
@@ -294,11 +247,30 @@ class _Explaining(QueuePool):
     def _do_get(self) -> Any:
         try:
             # There nearly always is one, and who does not wait need not be looked for among those who do.
-            record = self._pool.get(block=False)
+            entry = self._pool.get(block=False)
         except Empty:
-            return self._wait()
-        self._takers[record] = this_flow()
-        return record
+            entry = self._wait()
+        register = self.register
+        if register is not None:
+            try:
+                # So many frames are between a session and here in SQLAlchemy 2.0 and 2.1. Where there are others, the
+                # session is found all the same, further on.
+                is_taken_by_hand = sys._getframe(7).f_code.co_filename != SESSION  # noqa: SLF001  # see user_line
+            except ValueError:
+                is_taken_by_hand = True
+            if is_taken_by_hand:
+                register.take(entry, self)
+        return entry
+
+    def _do_return_conn(self, record: Any) -> None:
+        register = self.register
+        if register is not None and (HOLD in record.record_info or LOCKED in record.info):
+            # Forgotten before it can be given to the next.
+            register.returned(record)
+        try:
+            self._pool.put(record, block=False)
+        except Full:
+            super()._do_return_conn(record)
 
     def _wait(self) -> Any:
         register = self.register
@@ -306,22 +278,15 @@ class _Explaining(QueuePool):
         if flow is None:
             assert register is not None  # noqa: S101  # given before the pool can be empty
             standstill = register.standstill(self)
-            register.note_dry(0.0, waiting=register.waiting)
+            register.note_dry(0.0, held=self.checkedout(), waiting=register.waiting)
             raise standstill
         try:
             if register is None or self.checkedout() < self.size() + max(0, self._max_overflow):
-                record = self._get(register)
-            else:
-                with register.someone_waits():
-                    record = self._get(register)
-            self._takers[record] = flow
+                return self._get(register)
+            with register.someone_waits():
+                return self._get(register)
         finally:
             stop_waiting(flow)
-        return record
-
-    def _do_return_conn(self, record: Any) -> None:
-        self._takers.pop(record, None)
-        super()._do_return_conn(record)
 
     def _get(self, register: Register | None) -> Any:
         try:
@@ -330,7 +295,7 @@ class _Explaining(QueuePool):
             if register is None:
                 raise
             error = register.exhausted(self, self.timeout())
-            register.note_dry(self.timeout(), waiting=max(0, register.waiting - 1))
+            register.note_dry(self.timeout(), held=self.checkedout(), waiting=max(0, register.waiting - 1))
             raise error from exc
 
 
@@ -342,82 +307,7 @@ class AsyncExplainingPool(_Explaining, AsyncAdaptedQueuePool):
     """For async sessions."""
 
 
-def hold_of(connection: Connection) -> Hold | None:
-    """What is known of a connection that is in use; None if it is not one of ours, or lost."""
-    # Asked for around each statement, and five properties away from the connection: kept on it.
-    hold: Hold | None = getattr(connection, _KEPT, None)
-    if hold is not None and not hold.is_returned:
-        return hold
-    if connection.closed or connection.invalidated:
-        return None
-    hold = _hold_on(connection.connection)
-    setattr(connection, _KEPT, hold)
-    return hold
-
-
-def note_lock(pooled: PoolProxiedConnection) -> None:
-    """Note that a connection has taken SQLite's write lock."""
-    hold = _hold_on(pooled)
-    if hold is not None:
-        hold.locked_since = time.monotonic()
-
-
-def is_in_transaction(pooled: Any, *, unknown: bool = False) -> bool:
-    """Whether a pooled connection's driver knows of an open transaction; asked from any thread, at any moment.
-
-    Args:
-        pooled: The connection as a pool has it.
-        unknown: What to say where SQLite knows of none.
-    """
-    driver = getattr(pooled, "driver_connection", pooled)
-    try:
-        if hasattr(driver, "pgconn"):
-            return driver.pgconn.transaction_status in _OPEN
-        if hasattr(driver, "is_in_transaction"):
-            return bool(driver.is_in_transaction())
-        return bool(driver.in_transaction) or unknown
-    except Exception:  # noqa: BLE001  # it was closed by now, and each driver has an error of its own for that
-        return False
-
-
-def name_holder(connection: Connection, owner: object, allowed: float | None) -> None:
-    """Say who has a connection.
-
-    Args:
-        connection: Any; those of other people's engines are let alone.
-        owner: Whoever has it; the text of this is shown.
-        allowed: Seconds that he may take, or None for what the pool allows.
-    """
-    hold = hold_of(connection)
-    if hold is not None:
-        hold.owner = owner
-        hold.line = None
-        hold.allowed = allowed
-
-
-def _begin_statement(connection: Connection, statement: str) -> None:
-    # As hold_of() does it, without a call for each statement there is.
-    hold: Hold | None = vars(connection).get(_KEPT)
-    if hold is None or hold.is_returned:
-        hold = hold_of(connection)
-        if hold is None:
-            return
-    hold.statement = statement
-    hold.done_since = None
-
-
-def _end_statement(connection: Connection) -> None:
-    hold: Hold | None = vars(connection).get(_KEPT)
-    if hold is not None:
-        hold.done_since = time.monotonic()
-
-
-def _hold_on(pooled: PoolProxiedConnection) -> Hold | None:
-    facts = pooled.record_info
-    return None if facts is None else facts.get(_HOLD)
-
-
-def shortened(statement: str) -> str:
-    """A statement on one line, cut where it is long."""
-    text = " ".join(statement.split())
-    return text if len(text) <= _STATEMENT else text[: _STATEMENT - 1] + "…"
+def register_of(connection: Connection) -> Register | None:
+    """Where the holders of a connection's pool are written down; None if it is not one of ours."""
+    register: Register | None = vars(connection.dialect).get(_REGISTER)
+    return register

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
-from aftercommit.pools.register import note_lock
+from aftercommit.pools.holds import note_lock
 from aftercommit.pools.steps import steps_of
 from aftercommit.pools.views import taken_with
 

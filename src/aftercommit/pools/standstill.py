@@ -32,16 +32,12 @@ class Flow:
     request, and has left the thread since, does not wait with the next.
     """
 
-    __slots__ = ("_task", "_thread")
+    __slots__ = ("task", "thread")
 
     def __init__(self, thread: int, task: asyncio.Task[Any] | None) -> None:
-        self._thread = thread
+        self.thread = thread
         # Weakly: an event loop keeps the contexts in which connections were opened.
-        self._task = None if task is None else ref(task)
-
-    def is_at(self, thread: int, task: asyncio.Task[Any] | None) -> bool:
-        """Whether this is the flow of a thread and task, and not merely that of where its context was copied from."""
-        return self._thread == thread and (None if self._task is None else self._task()) is task
+        self.task = None if task is None else ref(task)
 
 
 class Takers(Protocol):
@@ -64,7 +60,8 @@ def this_flow() -> Flow:
     loop = asyncio._get_running_loop()  # noqa: SLF001  # documented, though named so
     task = None if loop is None else asyncio.current_task(loop)
     flow = _flow.get()
-    if flow is None or not flow.is_at(thread, task):
+    # Not that of where the context was copied from.
+    if flow is None or flow.thread != thread or (None if flow.task is None else flow.task()) is not task:
         flow = Flow(thread, task)
         _flow.set(flow)
     return flow

@@ -32,12 +32,10 @@ class Steps:
 
     Attributes:
         before_statement: Called with the connection and the statement.
-        after_statement: Called with the connection, behind a statement that did not fail.
         before_begin: Called with the pooled connection that begins a transaction.
     """
 
     before_statement: list[Callable[[Connection, str], None]] = field(default_factory=list)
-    after_statement: list[Callable[[Connection], None]] = field(default_factory=list)
     before_begin: list[Callable[[PoolProxiedConnection], None]] = field(default_factory=list)
 
 
@@ -49,9 +47,8 @@ def steps_of(engine: Engine) -> Steps:
     if steps is None:
         steps = own[_STEPS] = Steps()
         for name in _EXECUTE:
-            # An event, and not in the method as well: a listener may run the statement in its own way.
+            # An event, and not in the method: a listener may run the statement in its own way.
             event.listen(engine, name, _begun(steps.before_statement))
-            own[name] = _ended(getattr(dialect, name), steps.after_statement)
         own["do_begin"] = _told(dialect.do_begin, steps.before_begin)
     return steps
 
@@ -66,16 +63,6 @@ def _begun(tell: list[Callable[[Connection, str], None]]) -> Callable[..., None]
             each(connection, statement)
 
     return listener
-
-
-def _ended(execute: Callable[..., None], tell: list[Callable[[Connection], None]]) -> Callable[..., None]:
-    def run(cursor: Any, statement: str, *rest: Any) -> None:
-        execute(cursor, statement, *rest)
-        connection: Connection = rest[-1].root_connection
-        for each in tell:
-            each(connection)
-
-    return run
 
 
 def _told(step: Callable[[Any], None], tell: list[Callable[[Any], None]]) -> Callable[[Any], None]:

@@ -3,7 +3,7 @@
 from aftercommit.sessions.ended import end_for_good
 from aftercommit.sessions.factory import SessionFactory
 from aftercommit.sessions.ledger import Entry, Sink, watch
-from aftercommit.sessions.owner import Line, Owner, line_of, owner_of, serving, user_line
+from aftercommit.sessions.owner import Line, Owner, line_of, serving, user_line
 from aftercommit.sessions.scopes import AsyncScope, Scope, shielded
 from aftercommit.sessions.waiting import (
     at_every_commit,
@@ -27,7 +27,6 @@ __all__ = [
     "end_for_good",
     "has_begun",
     "line_of",
-    "owner_of",
     "serving",
     "shielded",
     "simulate_commits",

@@ -17,93 +17,126 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
 
-from sqlalchemy import Connection
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from aftercommit import signals
+from aftercommit.pools.holds import KEPT, Hold
+from aftercommit.pools.register import register_of
+from aftercommit.pools.standstill import this_flow
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
-    from typing import Self
 
-    from sqlalchemy import PoolProxiedConnection
+    from sqlalchemy import Connection, PoolProxiedConnection
 
+    from aftercommit.pools.register import Register
     from aftercommit.sessions.owner import Owner
 
 __all__ = ["Leash", "leash_of", "put_on_leash"]
 
 _LEASH: Final = "aftercommit.leash"
-
-# Whatever is still open when the process ends goes with it, and is no news then.
-_leashes: Final[dict[int, Leash]] = {}
-atexit.register(_leashes.clear)
+_ALWAYS_ENDED: Final = frozenset({"request", "task"})
 
 
-class Leash(ref[Session]):
-    """What there is to say of a session that is open.
+class Leash(ref[Session], Hold):
+    """What there is to say of a session that is open, and of the connection that it has while it is in a transaction.
 
     Attributes:
-        owner: Who has it.
-        pool: Where its connections come from.
-        since: When it was opened, by the monotonic clock.
+        opened: When it was opened, by the monotonic clock.
+        register: Of the pool that its connections come from.
+        held: The connections of an async session. Of the driver's side: SQLAlchemy's refers, by what waits for its
+            commit, to the session.
     """
 
-    __slots__ = ("_held", "_loop", "owner", "pool", "since")
-
     owner: Owner
-    pool: str
-    since: float
-    _held: list[tuple[PoolProxiedConnection, ref[Connection]]]
-    _loop: asyncio.AbstractEventLoop | None
+    opened: float
+    register: Register
+    held: list[tuple[PoolProxiedConnection, ref[Connection]]]
+    _loop: asyncio.AbstractEventLoop | None = None
+    _connection: ref[Connection] | None = None
 
-    def __new__(cls, session: Session, _owner: Owner, _pool: str) -> Self:
-        """Refer to *session*."""
-        return super().__new__(cls, session, _dropped)
+    @property
+    def is_in_use(self) -> bool:
+        """Whether there is a connection, and it is its pool's: not lost, and not detached."""
+        source = self.source
+        return source is not None and not source.is_detached
 
-    def __init__(self, session: Session, owner: Owner, pool: str) -> None:
-        super().__init__(session, _dropped)  # type: ignore[call-arg]  # typeshed knows only __new__
-        self.owner = owner
-        self.pool = pool
+    def take(self, connection: Connection) -> None:
+        """The session has begun a transaction on *connection*."""
+        pooled, weakly = connection.connection, ref(connection)
+        if connection.dialect.is_async:
+            self._loop = asyncio.get_running_loop()
+            self.held.append((pooled, weakly))
+        if self.source is not None:
+            # One transaction on two databases, or on two engines.
+            other = register_of(connection)
+            if other is not None:
+                other.taken_by(connection, self.owner)
+            return
         self.since = time.monotonic()
-        self._held = []
-        self._loop = None
-
-    def hold(self, connection: Connection) -> None:
-        """Keep hold of an async connection on which the session has begun.
-
-        Of the driver's side of it: SQLAlchemy's refers, by what waits for its commit, to the session.
-        """
-        self._loop = asyncio.get_running_loop()
-        self._held.append((connection.connection, ref(connection)))
+        self.statement = self.done_since = None
+        self.reported = False
+        self.flow = this_flow()
+        self.pool = connection.engine.pool
+        self._connection = weakly
+        vars(connection)[KEPT] = self
+        self.source = pooled
 
     def let_go(self) -> None:
         """The transaction is over, and its connections are back."""
-        self._held.clear()
+        if self.source is None:
+            return
+        self.source = None
+        if self._loop is not None:
+            self.held.clear()
+        if self.reported:
+            self.register.tell_of_return(self)
+        # What is left to the garbage collector comes back at any moment, in the middle of a subscriber holding a lock
+        # of its own: sessions of requests and tasks are always ended.
+        if self.owner.kind in _ALWAYS_ENDED and signals.wanted(signals.ConnectionUsed):
+            seconds = time.monotonic() - self.since
+            signals.emit(signals.ConnectionUsed(pool=self.register.pool, kind=self.owner.kind, seconds=seconds))
 
     def take_off(self) -> None:
         """The session has ended."""
-        _leashes.pop(id(self), None)
+        self.register.sessions.pop(id(self), None)
 
     def give_back(self) -> None:
         """Give back what a dropped session held, rolled back."""
-        # Somebody may still have the connection itself: then it is his, and not ours to roll back.
-        held = [mine for mine, theirs in self._held if theirs() is None and mine.dbapi_connection is not None]
-        self._held.clear()
-        if not held or self._loop is None:
-            return
-        try:
-            self._loop.call_soon_threadsafe(_start, held)
-        except RuntimeError:
-            # The loop has closed, and with it nobody can speak to the server on this connection any more.
-            _cut_off(held)
+        connection = None if self.source is None or self._connection is None else self._connection()
+        if connection is not None and not (connection.closed or connection.invalidated):
+            # Somebody still has the connection itself: then it is his, and not ours to roll back.
+            self.register.taken_by(connection, self.owner, after=self)
+            self.reported = False
+        held = [mine for mine, theirs in self.held if theirs() is None and mine.dbapi_connection is not None]
+        self.held.clear()
+        if held and self._loop is not None:
+            try:
+                self._loop.call_soon_threadsafe(_start, held, self)
+            except RuntimeError:
+                # The loop has closed, and with it nobody can speak to the server on this connection any more.
+                _cut_off(held)
+        elif self.reported:
+            self.register.tell_of_return(self)
 
 
-def put_on_leash(session: Session, owner: Owner, pool: str) -> Leash:
-    """Have *session* reported if it is dropped before ``take_off`` is called."""
-    leash = Leash(session, owner, pool)
+def put_on_leash(session: Session, owner: Owner, register: Register) -> Leash:
+    """Have *session* reported if it is dropped before ``take_off`` is called.
+
+    Args:
+        session: A new one.
+        owner: Who has it.
+        register: Of the pool that its connections come from.
+    """
+    leash = Leash(session, _dropped)
+    leash.owner = owner
+    leash.allowed = owner.allowed
+    leash.opened = time.monotonic()
+    leash.register = register
+    leash.held = []
     session.info[_LEASH] = leash
-    _leashes[id(leash)] = leash
+    register.sessions[id(leash)] = leash
     return leash
 
 
@@ -112,17 +145,27 @@ def leash_of(session: Session) -> Leash | None:
     return session.info.get(_LEASH)
 
 
+_is_ending = False
+
+
+@atexit.register
+def _end() -> None:
+    # Whatever is still open when the process ends goes with it, and is no news then.
+    global _is_ending  # noqa: PLW0603  # there is one process, and it ends once
+    _is_ending = True
+
+
 def _dropped(leash: Leash) -> None:
     # Called by whatever set the garbage collector off: in any thread, between any two lines.
-    if _leashes.pop(id(leash), None) is None:
+    if leash.register.sessions.pop(id(leash), None) is None or _is_ending:
         return
     leash.give_back()
     signals.emit(
         signals.SessionLeaked(
-            pool=leash.pool,
+            pool=leash.register.pool,
             owner=leash.owner.name,
             line=None if leash.owner.line is None else str(leash.owner.line),
-            seconds=time.monotonic() - leash.since,
+            seconds=time.monotonic() - leash.opened,
         )
     )
 
@@ -130,17 +173,19 @@ def _dropped(leash: Leash) -> None:
 _returning: Final[set[asyncio.Task[None]]] = set()
 
 
-def _start(held: list[PoolProxiedConnection]) -> None:
-    task = asyncio.get_running_loop().create_task(_give_back(held))
+def _start(held: list[PoolProxiedConnection], leash: Leash) -> None:
+    task = asyncio.get_running_loop().create_task(_give_back(held, leash))
     _returning.add(task)
     task.add_done_callback(_returning.discard)
 
 
-async def _give_back(held: list[PoolProxiedConnection]) -> None:
+async def _give_back(held: list[PoolProxiedConnection], leash: Leash) -> None:
     for connection in held:
         # The pool rolls back what comes back to it; what cannot be rolled back, it drops, and says so itself.
         with suppress(Exception):
             await greenlet_spawn(connection.close)
+    if leash.reported:
+        leash.register.tell_of_return(leash)
 
 
 def _cut_off(held: Iterable[Any]) -> None:

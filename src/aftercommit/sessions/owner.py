@@ -10,9 +10,7 @@ from aftercommit.pools.lines import Line, line_of, user_line
 if TYPE_CHECKING:
     from uuid import UUID
 
-    from sqlalchemy.orm import Session
-
-__all__ = ["OWNER", "Line", "Owner", "line_of", "owner_of", "serving", "user_line"]
+__all__ = ["OWNER", "Line", "Owner", "line_of", "serving", "user_line"]
 
 OWNER: Final = "aftercommit.owner"
 """The key in ``session.info``."""
@@ -51,8 +49,3 @@ class Owner(NamedTuple):
         if self.doing is not None:
             text = f"{self.doing} in {text}"
         return text if self.line is None else f"{text} ({self.line})"
-
-
-def owner_of(session: Session) -> Owner | None:
-    """The owner of a session of ours; None for anybody else's."""
-    return session.info.get(OWNER)

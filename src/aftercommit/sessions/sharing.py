@@ -25,7 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from aftercommit.errors import SessionShared
-from aftercommit.pools.lines import Line, is_machinery, is_users
+from aftercommit.pools.lines import Line, is_machinery, is_users, line_at
 from aftercommit.sessions.owner import Owner
 
 if TYPE_CHECKING:
@@ -333,7 +333,7 @@ def _line_of(user: Any) -> Line | None:
         # Innermost are the driver's, which we cannot know, or those of a listener; then SQLAlchemy's and ours.
         is_inside = is_inside and not is_machinery(frame.f_code.co_filename)
         if not is_inside and is_users(frame.f_code.co_filename):
-            return Line(frame.f_code.co_filename, frame.f_lineno, frame.f_code.co_name)
+            return line_at(frame)
     return None
 
 

@@ -21,7 +21,7 @@ from sqlalchemy.ext.asyncio import async_session as proxy_of
 from sqlalchemy.orm import Session, scoped_session
 
 from aftercommit.errors import HandOverError
-from aftercommit.pools.register import hold_of, name_holder
+from aftercommit.pools.register import register_of
 from aftercommit.sessions.leaks import leash_of
 from aftercommit.sessions.ledger import (
     Entry,
@@ -34,7 +34,7 @@ from aftercommit.sessions.ledger import (
     open_savepoints,
     report_lost,
 )
-from aftercommit.sessions.owner import Owner, owner_of, user_line
+from aftercommit.sessions.owner import Owner, user_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -176,15 +176,15 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
         track.connections.append(connection)
     if any(track.connection_on(item.bind) is connection for item in track.items):
         ledger_of(connection).attach(track)
-    if transaction.parent is None:
-        owner = owner_of(session)
-        if owner is None and hold_of(connection) is not None:
-            owner = Owner("a session of the application's own", user_line())
-        if owner is not None:
-            name_holder(connection, owner, owner.allowed)
+    # A connection that the session was given stays whose it was.
+    if transaction.parent is None and not isinstance(session.bind, Connection):
         leash = leash_of(session)
-        if leash is not None and connection.dialect.is_async and not isinstance(session.bind, Connection):
-            leash.hold(connection)
+        if leash is not None:
+            leash.take(connection)
+        else:
+            register = register_of(connection)
+            if register is not None:
+                register.taken_by(connection, Owner("a session of the application's own", user_line()))
     hooks = session.info.get(_HOOKS)
     if hooks is not None and transaction.parent is None:
         begun, committing = hooks

@@ -1,0 +1,168 @@
+"""A connection that is in use: who has it, since when, and what it is doing.
+
+Noted for every session and every statement there is, and looked at by nearly nobody: so what whoever asks can find out
+himself is not noted, and the rest is noted with as few calls as can be.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any, Final
+from weakref import ref
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy import Connection, Engine, Pool, PoolProxiedConnection
+
+    from aftercommit.pools.lines import Line
+    from aftercommit.pools.standstill import Flow
+
+__all__ = ["HOLD", "KEPT", "LOCKED", "Hold", "note_lock", "note_statements", "shortened"]
+
+HOLD: Final = "aftercommit.hold"
+"""Where a connection has it that no session of ours has: the key in the ``record_info`` of what is pooled."""
+LOCKED: Final = "aftercommit.locked"
+"""Where it stands since when a connection has SQLite's write lock: the key in the ``info`` of what is pooled."""
+
+KEPT: Final = "_aftercommit_hold"
+"""The attribute by which a connection knows its hold, in which is noted what is run on it."""
+
+_OPEN: Final = frozenset({2, 3})
+"""Of libpq's PGTransactionStatusType: in a transaction, and in one that has failed."""
+_EXECUTE: Final = ("do_execute", "do_executemany", "do_execute_no_params")
+_STATEMENT: Final = 200
+
+
+class Hold:
+    """A connection that is in use. Times are of the monotonic clock.
+
+    It has no constructor: what it may know later stands in the class until then.
+
+    Attributes:
+        since: When it was taken.
+        source: What is held, as the pool has it, or a weak reference to what is given out for it; None once it is back.
+        pool: Where it is from, if that is a pool of ours.
+        flow: Who took it, if whoever takes it there gives it back there: not if it was taken by hand.
+        owner: Who has it; its text says so, with the line where that is known.
+        line: Where it was taken from the engine by hand; None where it was not.
+        allowed: Seconds that its owner may take, where that is known (a task's ``timeout``).
+        statement: The statement that was run last.
+        done_since: When that one was done; None during a statement.
+        reported: Whether it was reported as held too long.
+    """
+
+    since: float
+    source: Any = None
+    pool: Pool | None = None
+    flow: Flow | None = None
+    owner: Any = "code that took it from the engine"
+    line: Line | None = None
+    allowed: float | None = None
+    statement: str | None = None
+    done_since: float | None = None
+    reported: bool = False
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether there is a connection, and it is its pool's."""
+        return self.source is not None
+
+    @property
+    def holder(self) -> str:
+        """Who has it, and the line that took it."""
+        return str(self.owner) if self.line is None else f"{self.owner} ({self.line})"
+
+    def idle(self, now: float) -> float | None:
+        """Seconds for which its transaction has been open and nothing was done in it; None if that is not so."""
+        done = self.done_since
+        # Only whoever asks pays for it: commits and rollbacks are not noted. In SQLite a read begins nothing, but
+        # SQLAlchemy's transaction is open by then, and holds the connection.
+        is_open = self._is_in_transaction(unknown=self._locked_since() is None)
+        return max(0.0, now - done) if done is not None and is_open else None
+
+    def locked(self, now: float) -> float | None:
+        """Seconds for which it has had SQLite's write lock; None if it has not."""
+        since = self._locked_since()
+        return max(0.0, now - since) if since is not None and self._is_in_transaction(unknown=False) else None
+
+    def describe(self, now: float) -> str:
+        """Say who, for how long, and what it is doing."""
+        text = f"{self.holder}, for {now - self.since:.1f} s"
+        idle = self.idle(now)
+        if idle is not None and idle >= 0.1:  # noqa: PLR2004  # less is the pause between two statements
+            text += f", idle in its transaction for {idle:.1f} s"
+        if self.statement is not None:
+            text += f", {'in' if self.done_since is None else 'after'} {shortened(self.statement)!r}"
+        return text
+
+    def _pooled(self) -> Any:
+        source = self.source
+        return source() if isinstance(source, ref) else source
+
+    def _locked_since(self) -> float | None:
+        """When it last took SQLite's write lock; None if it never did."""
+        held = self._pooled()
+        return None if held is None else held.info.get(LOCKED)
+
+    def _is_in_transaction(self, *, unknown: bool) -> bool:
+        """Whether the driver knows of an open transaction, asked from any thread, at any moment.
+
+        Args:
+            unknown: What to say where SQLite knows of none.
+        """
+        try:
+            driver = self._pooled().driver_connection
+            if hasattr(driver, "pgconn"):
+                return driver.pgconn.transaction_status in _OPEN
+            if hasattr(driver, "is_in_transaction"):
+                return bool(driver.is_in_transaction())
+            return bool(driver.in_transaction) or unknown
+        except Exception:  # noqa: BLE001  # it was closed by now, and each driver has an error of its own for that
+            return False
+
+
+def note_lock(pooled: PoolProxiedConnection) -> None:
+    """Note that a connection has taken SQLite's write lock."""
+    # With the connection, and not in its hold: a task's takes it as it begins, before anybody can say whose it is.
+    pooled.info[LOCKED] = time.monotonic()
+
+
+def note_statements(engine: Engine) -> None:
+    """Have each connection of *engine*, and of its views, know which statement it has run last, and when."""
+    # In the dialect's methods, which every statement passes through: see `steps` for why not by the engine's events.
+    # Its own events come before them, and may wait for SQLite's lock: what waits there is not running yet.
+    dialect: Any = engine.dialect
+    for name in _EXECUTE:
+        vars(dialect)[name] = _noted(getattr(dialect, name))
+
+
+def _noted(execute: Callable[..., None]) -> Callable[..., None]:
+    # A statement comes with its cursor, its parameters where it has any, and last its context.
+    def run(cursor: Any, statement: str, *rest: Any) -> None:
+        connection: Connection = rest[-1].root_connection
+        hold: Hold | None = connection.__dict__.get(KEPT)
+        if hold is None or hold.source is None:
+            hold = _hold_by_hand(connection)
+        hold.statement = statement
+        hold.done_since = None
+        try:
+            execute(cursor, statement, *rest)
+        finally:
+            hold.done_since = time.monotonic()
+
+    return run
+
+
+def _hold_by_hand(connection: Connection) -> Hold:
+    facts = connection.connection.record_info
+    # Detached from its pool, it is nobody's business any more, and what it runs is noted for nobody.
+    hold: Hold = (None if facts is None else facts.get(HOLD)) or Hold()
+    vars(connection)[KEPT] = hold
+    return hold
+
+
+def shortened(statement: str) -> str:
+    """A statement on one line, cut where it is long."""
+    text = " ".join(statement.split())
+    return text if len(text) <= _STATEMENT else text[: _STATEMENT - 1] + "…"
