@@ -1,6 +1,6 @@
-"""What it costs that every connection's holder, line and last statement are known: a part of each session's life.
+"""What the watch costs a session: the library knows who holds each connection, since when, and from which line.
 
-Two databases of one process work on the same row, one as it is, the other with the watch taken out. They take turns in
-short stretches, and what is told is how much more CPU time the less disturbed stretches of the watched side take,
-beside how long a session lives.
+Two kinds of processes take turns on one database: in one the library is as it is, in the other what watches is taken
+out. In one process, the two would take turns in the caches of the processor, too, and taking it out and putting it back
+would cost more than it does.
 """
