@@ -5,6 +5,7 @@ import logging
 import queue
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import httpx
 import pytest
@@ -26,6 +27,13 @@ from tests.support.workshop import Workshop
 
 sync_drivers = pytest.mark.drivers("psycopg", "pysqlite")
 Told = queue.SimpleQueue[signals.Signal]
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """An event."""
+
+    number: int
 
 
 @pytest.fixture
@@ -468,6 +476,39 @@ def test_a_task_that_waits_with_its_connection_is_told_to_commit(
     assert "workshop.py:" in line
     assert "its last statement is 'SELECT 42'" in line
     assert "the transaction is idle. Commit before slow work outside the database" in line
+
+
+def test_a_handler_of_events_is_named_with_its_own_line(database: DatabaseUnderTest, told: Told) -> None:
+    """The line is that of the function that the application wrote, not of what the library put around it."""
+    shop = Workshop(database, pools={"default": PoolSettings(warn_after=1e-9)})
+    held: list[signals.Signal] = []
+
+    def look(session: Session) -> None:
+        session.execute(text("SELECT 1"))
+        # The watchman makes his own rounds, too: whoever comes first tells of it.
+        shop.db.sessions.pools.report_late()
+        held.append(told.get(timeout=30))
+
+    if database.is_async:
+
+        @shop.db.on(Arrived)
+        async def on_arrival(session: AsyncSession, event: Arrived) -> None:
+            await session.run_sync(look)
+    else:
+
+        @shop.db.on(Arrived)
+        def on_arrival(session: Session, event: Arrived) -> None:
+            look(session)
+
+    with shop.running():
+        shop.commit(lambda session: shop.db.publish(session, Arrived(number=1)))
+        shop.drain()
+    shop.close()
+
+    assert isinstance(held[0], signals.ConnectionHeld)
+    assert held[0].owner.startswith("task 'on_arrival', attempt 1, id ")
+    assert "test_holders.py:" in held[0].owner
+    assert held[0].owner.endswith(" in on_arrival)")
 
 
 @pytest.mark.drivers("psycopg")
