@@ -313,6 +313,40 @@ def test_a_task_that_exceeds_its_own_timeout_is_reported(database: DatabaseUnder
     assert 60.0 < held[0].seconds < 61.0
 
 
+@pytest.mark.drivers("psycopg", "asyncpg")
+def test_a_batch_in_a_task_may_hold_its_connection_for_the_tasks_timeout(
+    database: DatabaseUnderTest, told: Told, clock: Clock
+) -> None:
+    """Chunks run in their task's place, and a connection of theirs is one of the task's own."""
+    shop = Workshop(database)
+    rounds: list[list[str]] = []
+
+    def handle(session: Session, _item: int) -> None:
+        session.execute(text("SELECT 1"))
+        rounds.append(kinds_after(shop.db, told, clock, 59.9))
+
+    if database.is_async:
+
+        @shop.db.task(timeout=60.0)
+        async def whole(session: AsyncSession) -> None:
+            async def handle_async(session: AsyncSession, item: int) -> None:
+                await session.run_sync(handle, item)
+
+            await shop.db.async_run_batch([1], handle_async)
+    else:
+
+        @shop.db.task(timeout=60.0)
+        def whole(session: Session) -> None:
+            shop.db.run_batch([1], handle)
+
+    with shop.running():
+        shop.ask(whole)
+        shop.drain()
+    shop.close()
+
+    assert rounds == [[]]
+
+
 # --- by whom, and where ------------------------------------------------------------------------------------------
 
 
