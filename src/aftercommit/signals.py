@@ -17,7 +17,7 @@ import logging
 import threading
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -413,6 +413,11 @@ _called: dict[type[Signal], tuple[Callable[[Any], None], ...]] = {}
 """Who is called with signals of a class, those of its base classes included; made when it is first asked for."""
 
 
+_OF_THE_PROCESS: Final = (SystemExit, KeyboardInterrupt)
+"""On the main thread these mean the process: a handler of its signals may raise them in the middle of a subscriber. On
+another they would end nothing but that thread, without a word, and what it watches or runs with it."""
+
+
 def subscribe(*kinds: type[S]) -> Callable[[Callable[[S], None]], Callable[[S], None]]:
     """Return a decorator that has a function called with every signal of *kinds* (subclasses included)."""
 
@@ -441,14 +446,20 @@ def wanted(kind: type[Signal]) -> bool:
 
 
 def emit(signal: Signal) -> None:
-    """Call every subscriber of the signal's class and of its base classes; what one raises is logged."""
+    """Call every subscriber of the signal's class and of its base classes; what one raises is logged.
+
+    Only what ends the process passes: ``SystemExit`` and ``KeyboardInterrupt`` on the main thread.
+    """
     kind = type(signal)
     functions = _called.get(kind)
     for function in _functions(kind) if functions is None else functions:
         try:
             function(signal)
-        except Exception:
-            # The work that is being reported must not fail because somebody's counter did.
+        except BaseException as exc:
+            if isinstance(exc, _OF_THE_PROCESS) and threading.current_thread() is threading.main_thread():
+                raise
+            # The work that is being reported must not fail because somebody's counter did. Nor is it cancelled: a
+            # subscriber awaits nothing, so that what it raises is its own.
             logger.exception("A subscriber of %s raised: %r", kind.__name__, function)
 
 
