@@ -13,11 +13,14 @@ def page_someone(signal: signals.TaskFailed) -> None: ...
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 from collections import defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from aftercommit.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -419,9 +422,25 @@ another they would end nothing but that thread, without a word, and what it watc
 
 
 def subscribe(*kinds: type[S]) -> Callable[[Callable[[S], None]], Callable[[S], None]]:
-    """Return a decorator that has a function called with every signal of *kinds* (subclasses included)."""
+    """Return a decorator that has a function called with every signal of *kinds* (subclasses included).
+
+    Raises:
+        ConfigurationError: For what is no class of signals, or none at all; by the decorator, for an ``async def``.
+    """
+    given: tuple[Any, ...] = kinds
+    if not given or not all(isinstance(kind, type) and issubclass(kind, Signal) for kind in given):
+        raise ConfigurationError(
+            f"signals.subscribe({', '.join(map(repr, kinds))}): there is no signal that the function would be called "
+            "with. Name one class or more: @signals.subscribe(signals.TaskFailed)."
+        )
 
     def register(function: Callable[[S], None]) -> Callable[[S], None]:
+        # An object's own `__call__`, where it has one: functions have it, too, but one that is not `async`.
+        if any(map(inspect.iscoroutinefunction, (function, type(function).__call__))):
+            raise ConfigurationError(
+                f"signals.subscribe: {function!r} would have to be awaited, and nobody does. A subscriber is a plain "
+                "function that hands over what takes long: asyncio.run_coroutine_threadsafe(…, loop), or a queue."
+            )
         with _lock:
             for kind in kinds:
                 _subscribers[kind] = (*_subscribers[kind], function)

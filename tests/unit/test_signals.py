@@ -2,14 +2,17 @@
 
 import asyncio
 import dataclasses
+import functools
 import inspect
 import re
 import threading
+from typing import Any
 from uuid import UUID
 
 import pytest
 
 from aftercommit import signals
+from aftercommit.errors import ConfigurationError
 
 # Of the module, and not by `__subclasses__`: with slots each class is made twice, and the first one stays in there.
 KINDS = [each for each in vars(signals).values() if inspect.isclass(each) and issubclass(each, signals.Signal)]
@@ -143,3 +146,30 @@ def test_what_means_no_process_passes_nowhere(kind: type[BaseException], caplog:
         signals.unsubscribe(cancelled)
 
     assert "A subscriber of PoolPaused raised" in caplog.text
+
+
+async def _awaited(_signal: signals.Signal) -> None:
+    """A subscriber that nobody would ever await."""
+
+
+class _AwaitedToo:
+    """The same as an object."""
+
+    async def __call__(self, signal: signals.Signal) -> None:
+        """Be called, and not awaited."""
+
+
+@pytest.mark.parametrize("function", [_awaited, functools.partial(_awaited), _AwaitedToo()])
+def test_a_subscriber_that_would_have_to_be_awaited_is_refused(function: Any) -> None:
+    """Called without being awaited it would do nothing at all."""
+    with pytest.raises(ConfigurationError, match="plain function"):
+        signals.subscribe(signals.PoolPaused)(function)
+
+    assert not signals.wanted(signals.PoolPaused)
+
+
+@pytest.mark.parametrize("kinds", [(), (print,), ("PoolPaused",), (signals.PoolPaused, int)])
+def test_what_is_no_kind_of_signal_cannot_be_subscribed_to(kinds: tuple[Any, ...]) -> None:
+    """Neither can nothing: ``@signals.subscribe`` without kinds would leave the function without a subscription."""
+    with pytest.raises(ConfigurationError, match=r"@signals\.subscribe\(signals\.TaskFailed\)"):
+        signals.subscribe(*kinds)
