@@ -68,6 +68,8 @@ def test_a_pool_that_runs_dry_names_the_holders(database: DatabaseUnderTest) -> 
     assert "in test_a_pool_that_runs_dry_names_the_holders" in message
     assert "'SELECT 1'" in message
     assert message.endswith("[AC203]")
+    # SQLAlchemy's page of that code does not exist.
+    assert "sqlalche.me" not in message
     db.dispose()
 
 
