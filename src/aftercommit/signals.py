@@ -401,10 +401,13 @@ class LoopBlocked(Signal):
     Attributes:
         seconds: How long so far.
         tasks: Names of the async tasks running on it.
+        line: Where it stands, as ``"file:line in function"``: the innermost line of the application's own code; None
+            where none was found.
     """
 
     seconds: float
     tasks: tuple[str, ...]
+    line: str | None
 
 
 S = TypeVar("S", bound=Signal)
