@@ -214,6 +214,10 @@ class PoolExhausted(AfterCommitError, sqlalchemy.exc.TimeoutError):  # pyright: 
         self.is_standstill = is_standstill
         self.is_alone = is_alone
 
+    def __str__(self) -> str:
+        """The message, with its code at the end, and without the page that SQLAlchemy would name for it."""
+        return f"{self.args[0]} [{self.code}]"
+
 
 class DatabaseUnavailable(AfterCommitError):
     """The database could not be reached when the application or a worker started."""

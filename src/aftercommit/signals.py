@@ -13,11 +13,14 @@ def page_someone(signal: signals.TaskFailed) -> None: ...
 
 from __future__ import annotations
 
+import inspect
 import logging
 import threading
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+from aftercommit.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -398,10 +401,13 @@ class LoopBlocked(Signal):
     Attributes:
         seconds: How long so far.
         tasks: Names of the async tasks running on it.
+        line: Where it stands, as ``"file:line in function"``: the innermost line of the application's own code; None
+            where none was found.
     """
 
     seconds: float
     tasks: tuple[str, ...]
+    line: str | None
 
 
 S = TypeVar("S", bound=Signal)
@@ -413,10 +419,31 @@ _called: dict[type[Signal], tuple[Callable[[Any], None], ...]] = {}
 """Who is called with signals of a class, those of its base classes included; made when it is first asked for."""
 
 
+_OF_THE_PROCESS: Final = (SystemExit, KeyboardInterrupt)
+"""On the main thread these mean the process: a handler of its signals may raise them in the middle of a subscriber. On
+another they would end nothing but that thread, without a word, and what it watches or runs with it."""
+
+
 def subscribe(*kinds: type[S]) -> Callable[[Callable[[S], None]], Callable[[S], None]]:
-    """Return a decorator that has a function called with every signal of *kinds* (subclasses included)."""
+    """Return a decorator that has a function called with every signal of *kinds* (subclasses included).
+
+    Raises:
+        ConfigurationError: For what is no class of signals, or none at all; by the decorator, for an ``async def``.
+    """
+    given: tuple[Any, ...] = kinds
+    if not given or not all(isinstance(kind, type) and issubclass(kind, Signal) for kind in given):
+        raise ConfigurationError(
+            f"signals.subscribe({', '.join(map(repr, kinds))}): there is no signal that the function would be called "
+            "with. Name one class or more: @signals.subscribe(signals.TaskFailed)."
+        )
 
     def register(function: Callable[[S], None]) -> Callable[[S], None]:
+        # An object's own `__call__`, where it has one: functions have it, too, but one that is not `async`.
+        if any(map(inspect.iscoroutinefunction, (function, type(function).__call__))):
+            raise ConfigurationError(
+                f"signals.subscribe: {function!r} would have to be awaited, and nobody does. A subscriber is a plain "
+                "function that hands over what takes long: asyncio.run_coroutine_threadsafe(…, loop), or a queue."
+            )
         with _lock:
             for kind in kinds:
                 _subscribers[kind] = (*_subscribers[kind], function)
@@ -441,14 +468,20 @@ def wanted(kind: type[Signal]) -> bool:
 
 
 def emit(signal: Signal) -> None:
-    """Call every subscriber of the signal's class and of its base classes; what one raises is logged."""
+    """Call every subscriber of the signal's class and of its base classes; what one raises is logged.
+
+    Only what ends the process passes: ``SystemExit`` and ``KeyboardInterrupt`` on the main thread.
+    """
     kind = type(signal)
     functions = _called.get(kind)
     for function in _functions(kind) if functions is None else functions:
         try:
             function(signal)
-        except Exception:
-            # The work that is being reported must not fail because somebody's counter did.
+        except BaseException as exc:
+            if isinstance(exc, _OF_THE_PROCESS) and threading.current_thread() is threading.main_thread():
+                raise
+            # The work that is being reported must not fail because somebody's counter did. Nor is it cancelled: a
+            # subscriber awaits nothing, so that what it raises is its own.
             logger.exception("A subscriber of %s raised: %r", kind.__name__, function)
 
 

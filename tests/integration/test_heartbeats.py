@@ -1,5 +1,6 @@
 """Heartbeats keep a worker alive for others, whatever its event loop does."""
 
+import asyncio
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -52,6 +53,12 @@ def test_a_blocked_event_loop_is_named_and_nothing_is_rescued(database: Database
         heard.wait(signals.TaskSucceeded)
 
     assert {each.tasks for each in blocked} == {("blocks",)}
+    lines = {each.line for each in blocked}
+    assert len(lines) == 1
+    [line] = lines
+    assert line is not None
+    assert "test_heartbeats.py:" in line
+    assert line.endswith(" in blocks")
     assert [each.seconds for each in blocked] == sorted({each.seconds for each in blocked})
     assert len(blocked) > 1
     assert heard.of(signals.TasksRescued) == []
@@ -59,6 +66,36 @@ def test_a_blocked_event_loop_is_named_and_nothing_is_rescued(database: Database
     assert (found.state, found.attempt, found.claims) == ("succeeded", 1, 1)
     other.close()
     shop.close()
+
+
+@pytest.mark.drivers("asyncpg", "aiosqlite")
+def test_code_that_is_no_task_and_blocks_the_event_loop_is_named_by_its_line(
+    database: DatabaseUnderTest, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An endpoint has no name here; the line at which the loop stands says what to look at, in the log as well."""
+    shop = Workshop(database, heartbeat=0.1)
+    begun, gate = threading.Event(), threading.Event()
+
+    async def endpoint() -> None:
+        begun.set()
+        gate.wait(TIMEOUT)
+
+    with Heard(signals.LoopBlocked) as heard, shop.running():
+        asyncio.run_coroutine_threadsafe(endpoint(), shop.loop)
+        assert begun.wait(TIMEOUT)
+        try:
+            told = heard.wait(signals.LoopBlocked, count=len(heard.of(signals.LoopBlocked)) + 1)
+        finally:
+            gate.set()
+    shop.close()
+
+    assert told.tasks == ()
+    assert told.line is not None
+    assert told.line.endswith(" in endpoint")
+    assert any(
+        "The event loop has not turned for" in each.getMessage() and f"it is at {told.line};" in each.getMessage()
+        for each in caplog.records
+    )
 
 
 def wait_for_heartbeats(shop: Workshop, *, seconds: float) -> None:

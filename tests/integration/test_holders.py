@@ -6,6 +6,7 @@ import queue
 import socket
 import threading
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import httpx
 import pytest
@@ -27,6 +28,13 @@ from tests.support.workshop import Workshop
 
 sync_drivers = pytest.mark.drivers("psycopg", "pysqlite")
 Told = queue.SimpleQueue[signals.Signal]
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """An event."""
+
+    number: int
 
 
 @pytest.fixture
@@ -69,6 +77,8 @@ def test_a_pool_that_runs_dry_names_the_holders(database: DatabaseUnderTest) -> 
     assert "in test_a_pool_that_runs_dry_names_the_holders" in message
     assert "'SELECT 1'" in message
     assert message.endswith("[AC203]")
+    # SQLAlchemy's page of that code does not exist.
+    assert "sqlalche.me" not in message
     db.dispose()
 
 
@@ -357,6 +367,40 @@ def test_a_task_that_exceeds_its_own_timeout_is_reported(database: DatabaseUnder
     assert 60.0 < held[0].seconds < 61.0
 
 
+@pytest.mark.drivers("psycopg", "asyncpg")
+def test_a_batch_in_a_task_may_hold_its_connection_for_the_tasks_timeout(
+    database: DatabaseUnderTest, told: Told, clock: Clock
+) -> None:
+    """Chunks run in their task's place, and a connection of theirs is one of the task's own."""
+    shop = Workshop(database)
+    rounds: list[list[str]] = []
+
+    def handle(session: Session, _item: int) -> None:
+        session.execute(text("SELECT 1"))
+        rounds.append(kinds_after(shop.db, told, clock, 59.9))
+
+    if database.is_async:
+
+        @shop.db.task(timeout=60.0)
+        async def whole(session: AsyncSession) -> None:
+            async def handle_async(session: AsyncSession, item: int) -> None:
+                await session.run_sync(handle, item)
+
+            await shop.db.async_run_batch([1], handle_async)
+    else:
+
+        @shop.db.task(timeout=60.0)
+        def whole(session: Session) -> None:
+            shop.db.run_batch([1], handle)
+
+    with shop.running():
+        shop.ask(whole)
+        shop.drain()
+    shop.close()
+
+    assert rounds == [[]]
+
+
 # --- by whom, and where ------------------------------------------------------------------------------------------
 
 
@@ -590,6 +634,39 @@ def test_a_task_that_waits_with_its_connection_is_told_to_commit(
     assert "workshop.py:" in line
     assert "its last statement is 'SELECT 42'" in line
     assert "the transaction is idle. Commit before slow work outside the database" in line
+
+
+def test_a_handler_of_events_is_named_with_its_own_line(database: DatabaseUnderTest, told: Told) -> None:
+    """The line is that of the function that the application wrote, not of what the library put around it."""
+    shop = Workshop(database, pools={"default": PoolSettings(warn_after=1e-9)})
+    held: list[signals.Signal] = []
+
+    def look(session: Session) -> None:
+        session.execute(text("SELECT 1"))
+        # The watchman makes his own rounds, too: whoever comes first tells of it.
+        shop.db.sessions.pools.report_late()
+        held.append(told.get(timeout=30))
+
+    if database.is_async:
+
+        @shop.db.on(Arrived)
+        async def on_arrival(session: AsyncSession, event: Arrived) -> None:
+            await session.run_sync(look)
+    else:
+
+        @shop.db.on(Arrived)
+        def on_arrival(session: Session, event: Arrived) -> None:
+            look(session)
+
+    with shop.running():
+        shop.commit(lambda session: shop.db.publish(session, Arrived(number=1)))
+        shop.drain()
+    shop.close()
+
+    assert isinstance(held[0], signals.ConnectionHeld)
+    assert held[0].owner.startswith("task 'on_arrival', attempt 1, id ")
+    assert "test_holders.py:" in held[0].owner
+    assert held[0].owner.endswith(" in on_arrival)")
 
 
 @pytest.mark.drivers("psycopg")

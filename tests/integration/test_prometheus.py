@@ -184,7 +184,7 @@ def test_troubles_are_counted(registry: CollectorRegistry):
         signals.TasksLost(tasks=("t", "t"), lines=("", "")),
         signals.TasksRescued(requeued=(None, None), failed=(None,)),  # type: ignore[arg-type]
         signals.ConnectionHeld(pool="p", owner="x", seconds=1.0, idle=None, locked=False, statement=None),
-        signals.LoopBlocked(seconds=1.0, tasks=()),
+        signals.LoopBlocked(seconds=1.0, tasks=(), line=None),
         signals.DatabaseDown(error=OSError()),
     ):
         signals.emit(signal)

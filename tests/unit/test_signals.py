@@ -1,14 +1,18 @@
 """Subscribers come and go."""
 
+import asyncio
 import dataclasses
+import functools
 import inspect
 import re
 import threading
+from typing import Any
 from uuid import UUID
 
 import pytest
 
 from aftercommit import signals
+from aftercommit.errors import ConfigurationError
 
 # Of the module, and not by `__subclasses__`: with slots each class is made twice, and the first one stays in there.
 KINDS = [each for each in vars(signals).values() if inspect.isclass(each) and issubclass(each, signals.Signal)]
@@ -78,3 +82,94 @@ def test_what_is_collected_while_somebody_subscribes_is_told_of():
     assert not is_stuck
     assert len(seen) == 1
     signals.unsubscribe(seen.append)
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError])
+def test_a_subscriber_that_would_end_a_thread_does_not(
+    kind: type[BaseException], caplog: pytest.LogCaptureFixture
+) -> None:
+    """``sys.exit()`` in a thread of ours would end that thread without a word, and with it the watch or the tasks."""
+    seen: list[signals.Signal] = []
+    survived: list[bool] = []
+
+    @signals.subscribe(signals.PoolPaused)
+    def leave(_signal: signals.PoolPaused) -> None:
+        raise kind
+
+    def tell() -> None:
+        signals.emit(signals.PoolPaused(pool="files"))
+        survived.append(True)
+
+    signals.subscribe(signals.PoolPaused)(seen.append)
+    try:
+        thread = threading.Thread(target=tell)
+        thread.start()
+        thread.join(30.0)
+    finally:
+        signals.unsubscribe(leave)
+        signals.unsubscribe(seen.append)
+
+    assert survived == [True]
+    assert len(seen) == 1
+    [line] = [each for each in caplog.records if each.name == "aftercommit.signals"]
+    assert "leave" in line.getMessage()
+    assert line.exc_info is not None
+    assert line.exc_info[0] is kind
+
+
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt])
+def test_what_means_the_process_passes_through_its_main_thread(kind: type[BaseException]) -> None:
+    """Ctrl-C, and what the handler of a signal of the process raises, may arrive in the middle of a subscriber."""
+
+    @signals.subscribe(signals.PoolPaused)
+    def interrupted(_signal: signals.PoolPaused) -> None:
+        raise kind
+
+    try:
+        with pytest.raises(kind):
+            signals.emit(signals.PoolPaused(pool="files"))
+    finally:
+        signals.unsubscribe(interrupted)
+
+
+@pytest.mark.parametrize("kind", [GeneratorExit, asyncio.CancelledError])
+def test_what_means_no_process_passes_nowhere(kind: type[BaseException], caplog: pytest.LogCaptureFixture) -> None:
+    """A subscriber awaits nothing, so that a cancellation in it is its own, and cancels nobody else."""
+
+    @signals.subscribe(signals.PoolPaused)
+    def cancelled(_signal: signals.PoolPaused) -> None:
+        raise kind
+
+    try:
+        signals.emit(signals.PoolPaused(pool="files"))
+    finally:
+        signals.unsubscribe(cancelled)
+
+    assert "A subscriber of PoolPaused raised" in caplog.text
+
+
+async def _awaited(_signal: signals.Signal) -> None:
+    """A subscriber that nobody would ever await."""
+
+
+class _AwaitedToo:
+    """The same as an object."""
+
+    async def __call__(self, signal: signals.Signal) -> None:
+        """Be called, and not awaited."""
+
+
+@pytest.mark.parametrize("function", [_awaited, functools.partial(_awaited), _AwaitedToo()])
+def test_a_subscriber_that_would_have_to_be_awaited_is_refused(function: Any) -> None:
+    """Called without being awaited it would do nothing at all."""
+    with pytest.raises(ConfigurationError, match="plain function"):
+        signals.subscribe(signals.PoolPaused)(function)
+
+    assert not signals.wanted(signals.PoolPaused)
+
+
+@pytest.mark.parametrize("kinds", [(), (print,), ("PoolPaused",), (signals.PoolPaused, int)])
+def test_what_is_no_kind_of_signal_cannot_be_subscribed_to(kinds: tuple[Any, ...]) -> None:
+    """Neither can nothing: ``@signals.subscribe`` without kinds would leave the function without a subscription."""
+    with pytest.raises(ConfigurationError, match=r"@signals\.subscribe\(signals\.TaskFailed\)"):
+        signals.subscribe(*kinds)

@@ -138,7 +138,8 @@ class Batch:
         run, line = self._run, user_line()
         if run is None:
             return Owner(doing, line)
-        return Owner(run.name, line, kind="task", task_id=run.id, attempt=run.attempt, doing=doing)
+        allowed = run.task.settings.timeout
+        return Owner(run.name, line, kind="task", allowed=allowed, task_id=run.id, attempt=run.attempt, doing=doing)
 
     def _number(self, name: str) -> str:
         """What this batch is called in its task: the handler's name, and which of its batches it is."""

@@ -140,8 +140,8 @@ def _wrapped(function: Callable[..., Any], session: Any, event_type: type) -> Ca
     signature = inspect.Signature([*first, inspect.Parameter("event", kind, annotation=event_type)])
     for each in ("__module__", "__name__", "__qualname__", "__doc__"):
         setattr(handle, each, getattr(function, each))
-    # What `inspect` and the plan of a task's arguments look at.
-    vars(handle)["__signature__"] = signature
+    # What `inspect` and the plan of a task's arguments look at; and where the function is that the application wrote.
+    vars(handle).update(__signature__=signature, __wrapped__=function)
     handle.__annotations__ = {each.name: each.annotation for each in signature.parameters.values()}
     return handle
 

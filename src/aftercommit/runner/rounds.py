@@ -18,6 +18,7 @@ from aftercommit.errors import LostClaim
 from aftercommit.records import moves, sweeping, waiting, workers
 from aftercommit.runner.lanes import STUCK_SECONDS
 from aftercommit.runner.run import Run
+from aftercommit.runner.whereabouts import line_on_loop
 from aftercommit.tasks.transient import Fault, fault_of
 
 if TYPE_CHECKING:
@@ -432,11 +433,13 @@ class Rounds:
             return
         if self._loop_asked and now - max(self._loop_seen, self._loop_told) > self._pace.heartbeat:
             names = tuple(sorted({run.name for run in list(runner.held.values()) if run.task.is_async and run.started}))
+            line = line_on_loop(runner.loop_thread)
             logger.warning(
-                "The event loop has not turned for %.1f s; running on it: %s. Something computes or waits without "
-                "await: make it a `def` task, or await it.", now - self._loop_seen, ", ".join(names) or "no tasks",
+                "The event loop has not turned for %.1f s; %srunning on it: %s. Something computes or waits without "
+                "await: make it a `def`, which has a thread, or await it.",
+                now - self._loop_seen, "" if line is None else f"it is at {line}; ", ", ".join(names) or "no tasks",
             )  # fmt: skip
-            signals.emit(signals.LoopBlocked(seconds=now - self._loop_seen, tasks=names))
+            signals.emit(signals.LoopBlocked(seconds=now - self._loop_seen, tasks=names, line=line))
             self._loop_told = now
         elif not self._loop_asked and now - self._loop_seen >= _PULSE_SECONDS:
             self._loop_asked = True

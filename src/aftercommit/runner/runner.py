@@ -75,6 +75,7 @@ class Runner:
         self.settling: deque[Callable[[], bool]] = deque()
         self.stopping = threading.Event()
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.loop_thread = 0
         self.is_durable = False
         self._notify_url = notify_url
         self._listener: Listener | None = None
@@ -103,6 +104,7 @@ class Runner:
             durable: Whether there are tables to look into; without, only tasks in memory are run.
         """
         self.loop = asyncio.get_running_loop()
+        self.loop_thread = threading.get_ident()
         self.books.start()
         if durable:
             await self.books.async_call(self.rounds.register)
