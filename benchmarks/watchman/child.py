@@ -13,6 +13,7 @@ from sqlalchemy import AsyncAdaptedQueuePool, QueuePool, select
 from sqlalchemy.orm import Session
 
 from aftercommit import Database
+from aftercommit.sessions.leaks import LEASH
 from benchmarks.overhead.job import Job
 
 STRETCH: Final = 10
@@ -48,22 +49,29 @@ WORK: Final[dict[str, Callable[[Session], None]]] = {
 
 
 class NoLeash:
-    """Stands for what knows of a session."""
+    """Stands for what knows of a session, and knows nothing."""
 
-    def take(self, *_: object) -> None:
+    entry = object()
+    held = ()
+
+    def begun(self, *_: object) -> None:
         """Nothing."""
 
-    let_go = take_off = take
+    take_off = begun
+
+
+def put_on_none(session: Session, *_: object) -> NoLeash:
+    """Stand for what puts a session on its leash."""
+    session.info[LEASH] = leash = NoLeash()
+    return leash
 
 
 def taken_out(stack: ExitStack) -> Database:
     """Take out what watches: connections, statements, open sessions, and the look for the line that opens one."""
-    leash = NoLeash()
     for name, instead in (
         ("aftercommit.pools.register.Register.attach", lambda *_: None),
         ("aftercommit.database.user_line", lambda **_: None),
-        ("aftercommit.sessions.scopes.put_on_leash", lambda *_: leash),
-        ("aftercommit.sessions.waiting.leash_of", lambda *_: leash),
+        ("aftercommit.sessions.scopes.put_on_leash", put_on_none),
     ):
         stack.enter_context(patch(name, instead))
     return Database(

@@ -200,8 +200,7 @@ def _pool(pool: Pool, lane: Lane | None, *, running: int, backlog: int) -> PoolS
         name=pool.name,
         size=settings.pool_size * flavours,
         max_overflow=settings.max_overflow * flavours,
-        # Who has one is known from when he has begun; of a pool of another kind, that is all that is known.
-        in_use=sum(each.checkedout() for each in queues) if len(queues) == len(engines) else len(holds),
+        in_use=len(holds),
         idle=sum(each.checkedin() for each in queues),
         overflow=sum(max(0, each.overflow()) for each in queues),
         waiting=register.waiting,

@@ -4,6 +4,7 @@ import asyncio
 import contextvars
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
@@ -66,6 +67,28 @@ def test_of_threads_that_all_want_a_second_connection_one_is_refused(database: D
     assert str(refused[0]).count("in take_two)") == 3
     assert "(connections that one needs - 1) + 1" in str(refused[0])
     assert db.engine().pool.checkedout() == 0  # type: ignore[attr-defined]
+    db.dispose()
+
+
+@sync_drivers
+def test_a_session_that_another_thread_used_is_still_the_one_s_that_opened_it(database: DatabaseUnderTest) -> None:
+    """A thread of an executor that worked on a session for somebody else may wait for it to end."""
+    db = Database(database.url, pool=PoolSettings(1, 0, pool_timeout=TIMEOUT))
+    register = db.sessions.pools["request"].register
+
+    def open_another() -> object:
+        with db.session() as second:
+            return second.execute(ONE).scalar()
+
+    with ThreadPoolExecutor(1) as executor:
+        with db.session() as session:
+            executor.submit(session.execute, ONE).result(TIMEOUT)
+            outcome = executor.submit(open_another)
+            while not register.waiting:
+                assert not outcome.done()
+        seen = outcome.result(TIMEOUT)
+
+    assert seen == 1
     db.dispose()
 
 

@@ -1,7 +1,7 @@
 """Which line is the user's own: the frames of libraries are left out, and nobody else's."""
 
 import contextlib
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
 from typing import Any
 
@@ -60,5 +60,35 @@ def test_a_function_is_found_behind_its_decorators() -> None:
         inner()
 
     assert str(line_of(outer)) == f"{__file__}:{inner.__code__.co_firstlineno} in inner"
+    assert str(line_of(partial(partial(inner), 1))) == f"{__file__}:{inner.__code__.co_firstlineno} in inner"
     assert line_of(len) is None
     assert line_of(None) is None
+
+
+def test_an_object_that_is_called_is_found_by_its_call() -> None:
+    """An endpoint or a task may be an object: its place is that of its ``__call__``."""
+
+    class Endpoint:
+        def __call__(self) -> None: ...
+
+    call: Any = Endpoint.__call__
+    assert str(line_of(Endpoint())) == f"{__file__}:{call.__code__.co_firstlineno} in __call__"
+
+
+def test_lines_are_counted_when_somebody_asks() -> None:
+    """The line of a place is the one that its code had come to, however long the function goes on after it."""
+
+    def ask() -> tuple[Line | None, Line | None]:
+        first = user_line()
+        second = (
+            0,
+            user_line(),
+        )
+        return first, second[1]
+
+    first, second = ask()
+
+    start = ask.__code__.co_firstlineno
+    assert first is not None
+    assert second is not None
+    assert (first.number - start, second.number - start) == (1, 4)

@@ -14,14 +14,26 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sqlalchemy import Connection, Engine, Pool, PoolProxiedConnection
+    from sqlalchemy.pool import ConnectionPoolEntry
 
     from aftercommit.pools.lines import Line
     from aftercommit.pools.standstill import Flow
 
-__all__ = ["HOLD", "KEPT", "LOCKED", "Hold", "note_lock", "note_statements", "shortened"]
+__all__ = [
+    "HOLD",
+    "KEPT",
+    "LOCKED",
+    "Hold",
+    "asking",
+    "hold_of",
+    "note_lock",
+    "note_statements",
+    "shortened",
+]
 
 HOLD: Final = "aftercommit.hold"
-"""Where a connection has it that no session of ours has: the key in the ``record_info`` of what is pooled."""
+"""Where a connection has its hold: the key in the ``record_info`` of what is pooled."""
+
 LOCKED: Final = "aftercommit.locked"
 """Where it stands since when a connection has SQLite's write lock: the key in the ``info`` of what is pooled."""
 
@@ -41,32 +53,37 @@ class Hold:
 
     Attributes:
         since: When it was taken.
-        source: What is held, as the pool has it, or a weak reference to what is given out for it; None once it is back.
+        entry: What was taken, as the pool has it; None before, and once it is back.
         pool: Where it is from, if that is a pool of ours.
         flow: Who took it, if whoever takes it there gives it back there: not if it was taken by hand.
+        opened_by: The thread that opened the session, where it is the one that ends it; None where others may.
         owner: Who has it; its text says so, with the line where that is known.
+        kind: Of the owner: ``"request"``, ``"task"`` or ``"code"``.
         line: Where it was taken from the engine by hand; None where it was not.
         allowed: Seconds that its owner may take, where that is known (a task's ``timeout``).
         statement: The statement that was run last.
         done_since: When that one was done; None during a statement.
+        is_begun: Whether the session that takes it has begun a transaction on it.
         reported: Whether it was reported as held too long.
+        told_lock: Since when it had SQLite's write lock that was reported as held too long.
+        connection: SQLAlchemy's, where it is taken by hand and has run something.
     """
 
     since: float
-    source: Any = None
+    entry: ConnectionPoolEntry | None = None
     pool: Pool | None = None
     flow: Flow | None = None
+    opened_by: int | None = None
     owner: Any = "code that took it from the engine"
+    kind: str = "code"
     line: Line | None = None
     allowed: float | None = None
     statement: str | None = None
     done_since: float | None = None
+    is_begun: bool = True
     reported: bool = False
-
-    @property
-    def is_in_use(self) -> bool:
-        """Whether there is a connection, and it is its pool's."""
-        return self.source is not None
+    told_lock: float | None = None
+    connection: ref[Connection] | None = None
 
     @property
     def holder(self) -> str:
@@ -76,19 +93,25 @@ class Hold:
     def idle(self, now: float) -> float | None:
         """Seconds for which its transaction has been open and nothing was done in it; None if that is not so."""
         done = self.done_since
-        # Only whoever asks pays for it: commits and rollbacks are not noted. In SQLite a read begins nothing, but
-        # SQLAlchemy's transaction is open by then, and holds the connection.
-        is_open = self._is_in_transaction(unknown=self._locked_since() is None)
-        return max(0.0, now - done) if done is not None and is_open else None
+        # Only whoever asks pays for it: commits and rollbacks are not noted.
+        return max(0.0, now - done) if done is not None and self._is_in_transaction() else None
+
+    def locked_since(self) -> float | None:
+        """When it took SQLite's write lock; None if it has not got it."""
+        entry = self.entry
+        since: float | None = None if entry is None else entry.info.get(LOCKED)
+        return since if since is not None and self._is_in_transaction(of_driver=True) else None
 
     def locked(self, now: float) -> float | None:
         """Seconds for which it has had SQLite's write lock; None if it has not."""
-        since = self._locked_since()
-        return max(0.0, now - since) if since is not None and self._is_in_transaction(unknown=False) else None
+        since = self.locked_since()
+        return None if since is None else max(0.0, now - since)
 
     def describe(self, now: float) -> str:
         """Say who, for how long, and what it is doing."""
         text = f"{self.holder}, for {now - self.since:.1f} s"
+        if not self.is_begun:
+            text += ", beginning a transaction"
         idle = self.idle(now)
         if idle is not None and idle >= 0.1:  # noqa: PLR2004  # less is the pause between two statements
             text += f", idle in its transaction for {idle:.1f} s"
@@ -96,30 +119,42 @@ class Hold:
             text += f", {'in' if self.done_since is None else 'after'} {shortened(self.statement)!r}"
         return text
 
-    def _pooled(self) -> Any:
-        source = self.source
-        return source() if isinstance(source, ref) else source
+    def has_begun(self) -> bool:
+        """Whether SQLAlchemy has a transaction open on it."""
+        connection = None if self.connection is None else self.connection()
+        return connection is not None and connection.in_transaction()
 
-    def _locked_since(self) -> float | None:
-        """When it last took SQLite's write lock; None if it never did."""
-        held = self._pooled()
-        return None if held is None else held.info.get(LOCKED)
-
-    def _is_in_transaction(self, *, unknown: bool) -> bool:
-        """Whether the driver knows of an open transaction, asked from any thread, at any moment.
+    def _is_in_transaction(self, *, of_driver: bool = False) -> bool:
+        """Whether there is an open transaction; asked from any thread, at any moment.
 
         Args:
-            unknown: What to say where SQLite knows of none.
+            of_driver: Whether it must be one that SQLite knows of, too: it begins nothing for reads.
         """
         try:
-            driver = self._pooled().driver_connection
+            driver: Any = self.entry.driver_connection  # type: ignore[union-attr]  # see below
             if hasattr(driver, "pgconn"):
                 return driver.pgconn.transaction_status in _OPEN
             if hasattr(driver, "is_in_transaction"):
                 return bool(driver.is_in_transaction())
-            return bool(driver.in_transaction) or unknown
+            return bool(driver.in_transaction) or (not of_driver and self.has_begun())
         except Exception:  # noqa: BLE001  # it was closed by now, and each driver has an error of its own for that
             return False
+
+
+asking: Final[dict[Any, Hold]] = {}
+"""By thread or asyncio task, the session of ours that is at work there and has no connection: the next that is taken
+there is its own. A dictionary, because to look into it takes no call."""
+
+
+def hold_of(connection: Connection) -> Hold | None:
+    """The hold of a connection that is in use, from now on kept on it; None if it is from no pool of ours."""
+    facts = connection.connection.record_info
+    hold: Hold | None = None if facts is None else facts.get(HOLD)
+    if hold is None or hold.entry is None:
+        return None
+    connection.__dict__[KEPT] = hold
+    hold.connection = ref(connection)
+    return hold
 
 
 def note_lock(pooled: PoolProxiedConnection) -> None:
@@ -142,8 +177,12 @@ def _noted(execute: Callable[..., None]) -> Callable[..., None]:
     def run(cursor: Any, statement: str, *rest: Any) -> None:
         connection: Connection = rest[-1].root_connection
         hold: Hold | None = connection.__dict__.get(KEPT)
-        if hold is None or hold.source is None:
-            hold = _hold_by_hand(connection)
+        if hold is None or hold.entry is None:
+            hold = hold_of(connection)
+            if hold is None:
+                # Detached from its pool, it is nobody's business any more.
+                execute(cursor, statement, *rest)
+                return
         hold.statement = statement
         hold.done_since = None
         try:
@@ -152,14 +191,6 @@ def _noted(execute: Callable[..., None]) -> Callable[..., None]:
             hold.done_since = time.monotonic()
 
     return run
-
-
-def _hold_by_hand(connection: Connection) -> Hold:
-    facts = connection.connection.record_info
-    # Detached from its pool, it is nobody's business any more, and what it runs is noted for nobody.
-    hold: Hold = (None if facts is None else facts.get(HOLD)) or Hold()
-    vars(connection)[KEPT] = hold
-    return hold
 
 
 def shortened(statement: str) -> str:

@@ -13,12 +13,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import sqlalchemy.orm.session
+import sqlalchemy
 
 if TYPE_CHECKING:
     from types import CodeType, FrameType
 
-__all__ = ["SESSION", "Line", "is_machinery", "is_sessions", "is_users", "line_at", "line_of", "user_line"]
+__all__ = ["Line", "is_machinery", "is_users", "line_at", "line_of", "user_line"]
 
 
 class Line(tuple["CodeType", int]):
@@ -59,7 +59,6 @@ _OPTIONAL: Final = ("anyio", "fastapi", "greenlet", "sqlmodel", "starlette", "uv
 _MACHINERY: Final = tuple(
     str(Path(file).parent) + os.sep for file in (Path(__file__).parent, sqlalchemy.__file__ or "")
 )
-SESSION: Final = sqlalchemy.orm.session.__file__
 _BEFORE: Final = -1
 """How far code has come that was not begun; its line is the one that defines it."""
 
@@ -106,16 +105,6 @@ def user_line(behind: int = 0) -> Line | None:
     return _behind_greenlets()
 
 
-def is_sessions() -> bool:
-    """Whether it is a session that takes a connection, and not somebody by hand."""
-    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  # see user_line
-    while frame is not None and _is_library(file := frame.f_code.co_filename):
-        if file == SESSION:
-            return True
-        frame = frame.f_back
-    return False
-
-
 def line_at(frame: FrameType) -> Line:
     """Where *frame* is at this moment."""
     return Line((frame.f_code, frame.f_lasti))
@@ -123,9 +112,9 @@ def line_at(frame: FrameType) -> Line:
 
 def line_of(function: Any) -> Line | None:
     """Where *function* is defined, whatever it is wrapped in; None for what has no source."""
-    while (inner := getattr(function, "__wrapped__", None)) is not None:
+    while (inner := getattr(function, "__wrapped__", None) or getattr(function, "func", None)) is not None:
         function = inner
-    code = getattr(function, "__code__", None)
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
     return None if code is None else Line((code, _BEFORE))
 
 

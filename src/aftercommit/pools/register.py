@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
-from weakref import ref
 
 from sqlalchemy import AsyncAdaptedQueuePool, QueuePool, event
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
@@ -15,19 +13,19 @@ from sqlalchemy.util.queue import Empty, Full
 
 from aftercommit import signals
 from aftercommit.errors import PoolExhausted
-from aftercommit.pools.holds import HOLD, KEPT, LOCKED, Hold, note_statements, shortened
-from aftercommit.pools.lines import SESSION, is_sessions, user_line
+from aftercommit.pools.holds import HOLD, LOCKED, Hold, asking, note_statements, shortened
+from aftercommit.pools.lines import user_line
 from aftercommit.pools.standstill import Flow, stop_waiting, this_flow, wait_for, waiting_among
 from aftercommit.pools.timing import Meter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sqlalchemy import Connection, Engine, Pool
+    from sqlalchemy import Engine, Pool
 
-__all__ = ["AsyncExplainingPool", "ExplainingPool", "Register", "register_of"]
+__all__ = ["AsyncExplainingPool", "ExplainingPool", "Register"]
 
-_REGISTER: Final = "_aftercommit_register"
+_ALWAYS_ENDED: Final = frozenset({"request", "task"})
 _SHOWN: Final = 10
 
 LOCK_SECONDS: Final = 1.0
@@ -40,16 +38,12 @@ class Register:
     Args:
         pool: Its name.
         warn_after: Seconds for which a connection may be held before that is reported.
-
-    Attributes:
-        sessions: Those that are open, by an id; they hold a connection while they are in a transaction.
     """
 
     def __init__(self, pool: str, warn_after: float) -> None:
         self.pool = pool
-        self.sessions: dict[int, Hold] = {}
         self._warn_after = warn_after
-        self._others: dict[int, Hold] = {}
+        self._holds: dict[Any, Hold] = {}
         self._lock = threading.Lock()
         self.waiting = 0
         self.exhaustions = 0
@@ -57,19 +51,17 @@ class Register:
 
     def attach(self, engine: Engine) -> None:
         """Write down what an engine's connections do."""
-        vars(engine.dialect)[_REGISTER] = self
         if isinstance(engine.pool, _Explaining):
             engine.pool.register = self
         else:
-            event.listen(engine, "checkout", lambda _connection, entry, _proxy: self.take(entry))
+            event.listen(engine, "checkout", lambda _connection, entry, _proxy: self.taken(entry))
             event.listen(engine, "checkin", lambda _connection, entry: self.returned(entry))
             event.listen(engine, "detach", lambda _connection, entry: self.returned(entry))
         note_statements(engine)
 
     def holds(self) -> list[Hold]:
         """Everything that is in use now, the longest held first."""
-        # Each in one step: others come and go meanwhile.
-        now = [hold for hold in (*self.sessions.values(), *self._others.values()) if hold.is_in_use]
+        now = list(self._holds.values())  # in one step: others come and go meanwhile
         return sorted(now, key=lambda hold: hold.since)
 
     def exhausted(self, pool: _Explaining, seconds: float) -> PoolExhausted:
@@ -121,24 +113,26 @@ class Register:
 
     def _listed(self, pool: _Explaining) -> str:
         now = time.monotonic()
-        holds = self.holds()
+        holds = [hold for hold in self.holds() if hold.pool is pool]  # not those of the other flavour
         listed = [f"  {hold.describe(now)}" for hold in holds[:_SHOWN]]
         if len(holds) > _SHOWN:
             listed.append(f"  and {len(holds) - _SHOWN} more")
-        unready = pool.checkedout() - sum(hold.pool is pool for hold in holds)
-        if unready > 0:
-            listed.append(f"  {unready} being connected, or beginning a transaction")
+        unmade = pool.checkedout() - len(holds)
+        if unmade > 0:
+            listed.append(f"  {unmade} being connected")
         return "\n".join(listed)
 
     def report_late(self) -> None:
-        """Report, once each, the connections that are held for too long."""
+        """Report, once each, the connections and the locks that are held for too long."""
         now = time.monotonic()
         for hold in self.holds():
             limit = hold.allowed if hold.allowed is not None else self._warn_after
-            locked = (hold.locked(now) or 0.0) > LOCK_SECONDS
-            if hold.reported or (now - hold.since <= limit and not locked):
+            lock = hold.locked_since()
+            locked = lock is not None and now - lock > LOCK_SECONDS
+            if (hold.reported or now - hold.since <= limit) and (not locked or hold.told_lock == lock):
                 continue
             hold.reported = True
+            hold.told_lock = lock
             signals.emit(
                 signals.ConnectionHeld(
                     pool=self.pool, owner=hold.holder, seconds=now - hold.since, idle=hold.idle(now), locked=locked,
@@ -146,63 +140,47 @@ class Register:
                 )
             )  # fmt: skip
 
-    def take(self, entry: Any, pool: Pool | None = None) -> None:
-        """Note that a connection is taken, if it is taken by hand: sessions say so themselves, when they begin.
+    def taken(self, entry: Any, pool: Pool | None = None) -> None:
+        """Note that a connection is in use.
 
         Args:
             entry: What the pool gives out.
             pool: The pool, if it is one of ours.
         """
-        if is_sessions():
-            return
-        # A bare connection may be handed to whoever works on it and gives it back: nobody knows in which flow.
-        hold = Hold()
-        hold.line = user_line()
-        hold.pool = pool
-        self._note(hold, entry.record_info)
-        hold.source = entry
-
-    def taken_by(self, connection: Connection, owner: object, *, after: Hold | None = None) -> None:
-        """Note that somebody has a connection that no session of ours has, or no longer.
-
-        Args:
-            connection: It has begun.
-            owner: Whoever has it; the text of this is shown.
-            after: Who had it before, if it was not taken now.
-        """
-        pooled = connection.connection
-        hold = Hold()
-        hold.owner = owner
-        hold.pool = connection.engine.pool
-        self._note(hold, pooled.record_info)
-        if after is None:
-            hold.flow = this_flow()
+        flow = this_flow()
+        task = None if flow.task is None else flow.task()
+        key: Any = flow.thread if task is None or task not in asking else task
+        if key in asking and asking[key].entry is None:
+            hold = asking[key]
+            hold.statement = hold.done_since = hold.told_lock = None
+            hold.reported = hold.is_begun = False
+            hold.flow = flow
         else:
-            hold.since, hold.reported = after.since, after.reported
-            hold.statement, hold.done_since = after.statement, after.done_since
-        # Weakly: dropped, it is to come back.
-        hold.source = ref(pooled)
-        vars(connection)[KEPT] = hold
-
-    def _note(self, hold: Hold, facts: Any) -> None:
+            # A bare connection may be handed to whoever works on it and gives it back: nobody knows in which flow.
+            hold = Hold()
+            hold.line = user_line()
         hold.since = time.monotonic()
-        facts[HOLD] = hold
-        self._others[id(hold)] = hold
+        hold.pool = pool
+        hold.entry = entry
+        entry.record_info[HOLD] = hold
+        self._holds[entry] = hold
 
     def returned(self, entry: Any) -> None:
         """Note that a connection is its pool's again, or that its place is: it may have been detached."""
-        entry.info.pop(LOCKED, None)
-        hold = entry.record_info.pop(HOLD, None)
-        if hold is not None:
-            self._others.pop(id(hold), None)
-            self.tell_of_return(hold)
-            hold.source = None
-
-    def tell_of_return(self, hold: Hold) -> None:
-        """Tell that a connection is back, where it was reported as held too long."""
+        hold = self._holds.pop(entry, None)
+        if hold is None:
+            return
+        hold.entry = None
+        if LOCKED in entry.info:
+            del entry.info[LOCKED]
         if hold.reported:
             seconds = time.monotonic() - hold.since
             signals.emit(signals.ConnectionReturned(pool=self.pool, owner=hold.holder, seconds=seconds))
+        # What is left to the garbage collector comes back at any moment, in the middle of a subscriber holding a lock
+        # of its own: sessions of requests and tasks are always ended.
+        if hold.kind in _ALWAYS_ENDED and signals.wanted(signals.ConnectionUsed):
+            seconds = time.monotonic() - hold.since
+            signals.emit(signals.ConnectionUsed(pool=self.pool, kind=hold.kind, seconds=seconds))
 
     @contextmanager
     def someone_waits(self) -> Iterator[None]:
@@ -230,7 +208,12 @@ class _Explaining(QueuePool):
         """Who has connections of this pool; not everybody who has one is known."""
         register = self.register
         holds = [] if register is None else register.holds()
-        return [hold.flow for hold in holds if hold.pool is self and hold.flow is not None]
+        # A session that was handed to another thread for a while goes on as soon as the one comes to it that opened it.
+        return [
+            hold.flow
+            for hold in holds
+            if hold.pool is self and hold.flow is not None and hold.opened_by in {None, hold.flow.thread}
+        ]
 
     def takers(self) -> list[Flow] | None:
         """Who has all of its connections; None while it may still have one to give."""
@@ -250,23 +233,14 @@ class _Explaining(QueuePool):
             entry = self._pool.get(block=False)
         except Empty:
             entry = self._wait()
-        register = self.register
-        if register is not None:
-            try:
-                # So many frames are between a session and here in SQLAlchemy 2.0 and 2.1. Where there are others, the
-                # session is found all the same, further on.
-                is_taken_by_hand = sys._getframe(7).f_code.co_filename != SESSION  # noqa: SLF001  # see user_line
-            except ValueError:
-                is_taken_by_hand = True
-            if is_taken_by_hand:
-                register.take(entry, self)
+        if self.register is not None:
+            self.register.taken(entry, self)
         return entry
 
     def _do_return_conn(self, record: Any) -> None:
-        register = self.register
-        if register is not None and (HOLD in record.record_info or LOCKED in record.info):
+        if self.register is not None:
             # Forgotten before it can be given to the next.
-            register.returned(record)
+            self.register.returned(record)
         try:
             self._pool.put(record, block=False)
         except Full:
@@ -305,9 +279,3 @@ class ExplainingPool(_Explaining):
 
 class AsyncExplainingPool(_Explaining, AsyncAdaptedQueuePool):
     """For async sessions."""
-
-
-def register_of(connection: Connection) -> Register | None:
-    """Where the holders of a connection's pool are written down; None if it is not one of ours."""
-    register: Register | None = vars(connection.dialect).get(_REGISTER)
-    return register

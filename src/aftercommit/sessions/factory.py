@@ -96,7 +96,7 @@ class SessionFactory:
         return Scope(
             lambda: self.session_class(bind=bind, **self._joining(), **self._options),
             owner,
-            register=self.pools[pool].register,
+            pool=pool,
             keeps_rows=self._keeps_rows,
         )
 
@@ -106,26 +106,20 @@ class SessionFactory:
         return AsyncScope(
             lambda: self.async_session_class(bind=bind, **self._joining(), **self._options),
             owner,
-            register=self.pools[pool].register,
+            pool=pool,
             keeps_rows=self._keeps_rows,
         )
 
     def task_scope(self, pool: str, owner: Owner, isolation_level: str | None) -> Scope:
         """A task's session."""
         bind = self._joined() or self._engine(pool, isolation_level)
-        return Scope(
-            lambda: self.session_class(bind=bind, **self._joining(), **self._task_options),
-            owner,
-            register=self.pools[pool].register,
-        )
+        return Scope(lambda: self.session_class(bind=bind, **self._joining(), **self._task_options), owner, pool=pool)
 
     def async_task_scope(self, pool: str, owner: Owner, isolation_level: str | None) -> AsyncScope:
         """A task's async session."""
         bind = self._async_joined() or self._async_engine(pool, isolation_level)
         return AsyncScope(
-            lambda: self.async_session_class(bind=bind, **self._joining(), **self._task_options),
-            owner,
-            register=self.pools[pool].register,
+            lambda: self.async_session_class(bind=bind, **self._joining(), **self._task_options), owner, pool=pool
         )
 
     def _engine(self, pool: str, level: str | None) -> Engine:

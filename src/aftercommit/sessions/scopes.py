@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from types import TracebackType
 
-    from aftercommit.pools.register import Register
-
 __all__ = ["AsyncScope", "Scope", "shielded"]
 
 T = TypeVar("T")
@@ -34,20 +32,18 @@ class Scope:
     Args:
         make: Makes the session; nothing is connected before it is used.
         owner: Who has it.
-        register: Of the pool that its connections come from.
+        pool: Where its connections come from.
         keeps_rows: Whether rows that were only read may be read after the end.
     """
 
     __slots__ = ("_guard", "_keeps_rows", "_leash", "owner", "session")
 
-    def __init__(
-        self, make: Callable[[], Session], owner: Owner, *, register: Register, keeps_rows: bool = False
-    ) -> None:
+    def __init__(self, make: Callable[[], Session], owner: Owner, *, pool: str, keeps_rows: bool = False) -> None:
         self.owner = owner
         self.session = make()
         self.session.info[OWNER] = owner
-        self._guard = guard_session(self.session, owner)
-        self._leash = put_on_leash(self.session, owner, register)
+        self._leash = put_on_leash(self.session, owner, pool)
+        self._guard = guard_session(self.session, owner, self._leash)
         self._keeps_rows = keeps_rows
 
     def __enter__(self) -> Session:
@@ -97,20 +93,18 @@ class AsyncScope:
     Args:
         make: Makes the session; nothing is connected before it is used.
         owner: Who has it.
-        register: Of the pool that its connections come from.
+        pool: Where its connections come from.
         keeps_rows: Whether rows that were only read may be read after the end.
     """
 
     __slots__ = ("_guard", "_keeps_rows", "_leash", "owner", "session")
 
-    def __init__(
-        self, make: Callable[[], AsyncSession], owner: Owner, *, register: Register, keeps_rows: bool = False
-    ) -> None:
+    def __init__(self, make: Callable[[], AsyncSession], owner: Owner, *, pool: str, keeps_rows: bool = False) -> None:
         self.owner = owner
         self.session = make()
         self.session.sync_session.info[OWNER] = owner
-        self._guard = guard_session(self.session, owner)
-        self._leash = put_on_leash(self.session.sync_session, owner, register)
+        self._leash = put_on_leash(self.session.sync_session, owner, pool)
+        self._guard = guard_session(self.session, owner, self._leash)
         self._keeps_rows = keeps_rows
 
     async def __aenter__(self) -> AsyncSession:

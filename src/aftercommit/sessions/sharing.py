@@ -25,6 +25,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from aftercommit.errors import SessionShared
+from aftercommit.pools.holds import Hold, asking
 from aftercommit.pools.lines import Line, is_machinery, is_users, line_at
 from aftercommit.sessions.owner import Owner
 
@@ -57,16 +58,23 @@ class Guard:
 
     Args:
         owner: Who has the session.
+        hold: What the session is to its pool, once it has a connection.
         is_async: Whether it is the one behind an ``AsyncSession``.
 
     Attributes:
         may_have_written: Whether anything but a SELECT went through the session.
     """
 
-    __slots__ = ("_is_async", "_lock", "_operation", "_owner", "_user", "_waiting", "_whoever", "may_have_written")
+    __slots__ = (
+        "_asks", "_before", "_hold", "_is_async", "_lock", "_operation", "_owner", "_user", "_waiting", "_whoever",
+        "may_have_written",
+    )  # fmt: skip
 
-    def __init__(self, owner: Owner, *, is_async: bool) -> None:
+    def __init__(self, owner: Owner, hold: Hold, *, is_async: bool) -> None:
         self._owner = owner
+        self._hold = hold
+        self._asks = False
+        self._before: Hold | None = None
         self._is_async = is_async
         self._lock = threading.Lock()
         # Written by whoever has the lock. Read without it: it equals oneself only if one has written it.
@@ -89,10 +97,21 @@ class Guard:
             self._refuse(operation)
         self._user = me
         self._operation = operation
+        if self._hold.entry is None:
+            # There may be another: a listener of one session may use a second.
+            self._before = asking[me] if me in asking else None  # noqa: SIM401  # get() would be a call
+            asking[me] = self._hold
+            self._asks = True
         return True
 
     def leave(self) -> None:
         """The call is over."""
+        if self._asks:
+            self._asks = False
+            if self._before is None:
+                del asking[self._user]
+            else:
+                asking[self._user], self._before = self._before, None
         self._user = None
         self._lock.release()
         if self._waiting:
@@ -157,17 +176,23 @@ class Guard:
         )
 
 
-def guard_session(session: Session | AsyncSession, owner: Owner) -> Guard:
-    """Give a new session its guard: from now on a second user of it is refused."""
+def guard_session(session: Session | AsyncSession, owner: Owner, hold: Hold) -> Guard:
+    """Give a new session its guard: from now on a second user of it is refused.
+
+    Args:
+        session: A new one.
+        owner: Who has it.
+        hold: What the session is to its pool, once it has a connection.
+    """
     if isinstance(session, AsyncSession):
         sync = session.sync_session
-        guard = Guard(owner, is_async=True)
+        guard = Guard(owner, hold, is_async=True)
         vars(session)[_GUARD] = guard
         kind: Any = type(session)
         session.__class__ = _guarded_async(kind)
     else:
         sync = session
-        guard = Guard(owner, is_async=False)
+        guard = Guard(owner, hold, is_async=False)
     vars(sync)[_GUARD] = guard
     sync_kind: Any = type(sync)
     sync.__class__ = _guarded(sync_kind)
@@ -187,7 +212,10 @@ def _after_flush(session: Session, _context: object) -> None:
 @cache
 def _guarded(kind: type[Session]) -> type[Session]:
     methods = {name: _method(kind, name) for name in _METHODS if hasattr(kind, name)}
-    return _subclass(kind, {**methods, "begin": _beginning(methods["begin"]), "_execute_internal": _execute(kind)})
+    # `with session.begin():` ends the transaction past the session, and so may whoever asks for it.
+    given = ("begin",)
+    giving = {name: _giving(methods.get(name) or getattr(kind, name)) for name in given}
+    return _subclass(kind, {**methods, **giving, "_execute_internal": _execute(kind)})
 
 
 @cache
@@ -296,12 +324,11 @@ def _guard_rows(result: ChunkedIteratorResult[Any], guard: Guard) -> None:
     result.iterator = itertools.chain.from_iterable(guarded(result._yield_per))  # noqa: SLF001
 
 
-def _beginning(begin: Callable[..., Any]) -> Callable[..., Any]:
+def _giving(give: Callable[..., Any]) -> Callable[..., Any]:
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        transaction = begin(self, *args, **kwargs)
-        # `with session.begin():` ends the transaction past the session.
+        transaction = give(self, *args, **kwargs)
         kind: Any = type(transaction)
-        if kind not in _transactions:
+        if transaction is not None and kind not in _transactions:
             transaction.__class__ = _guarded_transaction(kind)
         return transaction
 

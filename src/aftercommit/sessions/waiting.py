@@ -21,8 +21,9 @@ from sqlalchemy.ext.asyncio import async_session as proxy_of
 from sqlalchemy.orm import Session, scoped_session
 
 from aftercommit.errors import HandOverError
-from aftercommit.pools.register import register_of
-from aftercommit.sessions.leaks import leash_of
+from aftercommit.pools.holds import hold_of
+from aftercommit.pools.standstill import this_flow
+from aftercommit.sessions.leaks import LEASH, Leash
 from aftercommit.sessions.ledger import (
     Entry,
     Item,
@@ -178,13 +179,14 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
         ledger_of(connection).attach(track)
     # A connection that the session was given stays whose it was.
     if transaction.parent is None and not isinstance(session.bind, Connection):
-        leash = leash_of(session)
+        leash: Leash | None = session.info.get(LEASH)
         if leash is not None:
-            leash.take(connection)
+            leash.begun(connection)
         else:
-            register = register_of(connection)
-            if register is not None:
-                register.taken_by(connection, Owner("a session of the application's own", user_line()))
+            hold = hold_of(connection)
+            if hold is not None:
+                hold.owner, hold.line = Owner("a session of the application's own", user_line()), None
+                hold.flow = this_flow()
     hooks = session.info.get(_HOOKS)
     if hooks is not None and transaction.parent is None:
         begun, committing = hooks
@@ -254,9 +256,9 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
     elif transaction.parent is None:
         del session.info[_TRACK]
         _see_unwinding_no_more(session)
-        leash = leash_of(session)
-        if leash is not None:
-            leash.let_go()
+        leash: Leash | None = session.info.get(LEASH)
+        if leash is not None and leash.held:
+            leash.held.clear()
         for connection in track.connections:
             ledger = find_ledger(connection)
             if ledger is not None:
