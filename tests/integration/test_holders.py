@@ -560,6 +560,33 @@ async def test_the_holders_of_the_other_flavour_are_left_out(database: DatabaseU
     assert "'SELECT 1'" not in said
 
 
+@pytest.mark.drivers("asyncpg")
+async def test_a_stream_that_waits_for_its_next_rows_is_not_idle(database: DatabaseUnderTest) -> None:
+    """The server works on them, and asyncpg's connection says "in a transaction" all the same."""
+    db = Database(database.url)
+    register = db.sessions.pools["request"].register
+    # More than asyncpg fetches at once.
+    slow = "SELECT i FROM generate_series(1, 70) AS i UNION ALL SELECT 0 FROM pg_advisory_xact_lock(7)"
+
+    async with db.async_session() as first, db.async_session() as session:
+        await first.execute(text("SELECT pg_advisory_lock(7)"))
+        rows = await session.stream(text(slow).execution_options(yield_per=10))
+        await rows.fetchone()
+        (streaming,) = [hold for hold in register.holds() if "generate_series" in str(hold.statement)]
+        before = streaming.idle(streaming.since + 60)
+        fetching = asyncio.create_task(rows.fetchall())
+        while not await first.scalar(text("SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")):
+            assert not fetching.done()
+        during = streaming.idle(streaming.since + 60)
+        await first.execute(text("SELECT pg_advisory_unlock(7)"))
+        await fetching
+        await rows.close()
+    await db.async_dispose()
+
+    assert before is not None
+    assert during is None
+
+
 @pytest.mark.drivers("pysqlite")
 def test_a_task_that_waits_for_the_write_lock_has_a_name(database: DatabaseUnderTest) -> None:
     """A task begins with the lock. While it waits for that, it has a connection, and is named with it."""

@@ -405,6 +405,49 @@ async def test_the_next_page_of_a_stream_is_a_use(
     assert (first.label, between, rest) == ("a", 2, ["b"])
 
 
+@pytest.mark.drivers("psycopg")
+def test_rows_of_no_class_that_are_streamed_are_a_use(db: Database, gate: Gate) -> None:
+    """What is streamed past the ORM has the connection, too, while the next rows are fetched; not in between."""
+    rest = "SELECT i FROM generate_series(1, 3) AS i UNION ALL SELECT 4 FROM pg_advisory_xact_lock(7)"
+    streamed = sa.text(rest).execution_options(stream_results=True, yield_per=2)
+
+    with db.session() as session:
+        rows = session.execute(streamed)
+        first = rows.fetchmany(1)
+        between = session.scalar(sa.text("SELECT 7"))
+        thread, outcome = in_thread(rows.fetchall)
+        gate.wait_until_reached()
+        with pytest.raises(SessionShared) as caught:
+            session.execute(sa.text("SELECT 1"))
+        gate.open()
+        thread.join(TIMEOUT)
+        rows.close()
+
+    assert caught.value.doing == "fetch"
+    assert ([*map(tuple, first)], between) == ([(1,)], 7)
+    assert len(outcome[0]) == 3  # type: ignore[arg-type]
+
+
+@sync_drivers
+def test_the_transaction_that_a_session_began_by_itself_is_a_use(db: Database, gate: Gate) -> None:
+    """Whoever asks the session for its transaction cannot roll it back in the middle of somebody's statement."""
+    with db.session() as session:
+        session.execute(sa.text("SELECT 1"))
+        transaction = session.get_transaction()
+        assert transaction is not None
+        thread, outcome = in_thread(lambda: session.execute(gate.statement).scalar())
+        gate.wait_until_reached()
+        with pytest.raises(SessionShared):
+            transaction.rollback()
+        gate.open()
+        thread.join(TIMEOUT)
+        transaction.rollback()
+        after = session.in_transaction()
+
+    assert not isinstance(outcome[0], BaseException)
+    assert not after
+
+
 @async_drivers
 async def test_an_attribute_that_loads_is_a_use(adb: Database, gate: Gate) -> None:
     """An expired attribute that is read in the middle of somebody's statement is refused, not loaded in between."""

@@ -7,11 +7,12 @@ himself is not noted, and the rest is noted with as few calls as can be.
 from __future__ import annotations
 
 import time
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from sqlalchemy import Connection, Engine, Pool, PoolProxiedConnection
     from sqlalchemy.pool import ConnectionPoolEntry
@@ -25,6 +26,7 @@ __all__ = [
     "LOCKED",
     "Hold",
     "asking",
+    "at_work",
     "hold_of",
     "note_lock",
     "note_statements",
@@ -161,6 +163,20 @@ def note_lock(pooled: PoolProxiedConnection) -> None:
     """Note that a connection has taken SQLite's write lock."""
     # With the connection, and not in its hold: a task's takes it as it begins, before anybody can say whose it is.
     pooled.info[LOCKED] = time.monotonic()
+
+
+@contextmanager
+def at_work(connection: Connection) -> Iterator[None]:
+    """Note that *connection* works on the statement that it has run last: more of its rows are fetched."""
+    hold: Hold | None = connection.__dict__.get(KEPT)
+    if hold is None:
+        yield
+        return
+    hold.done_since = None
+    try:
+        yield
+    finally:
+        hold.done_since = time.monotonic()
 
 
 def note_statements(engine: Engine) -> None:

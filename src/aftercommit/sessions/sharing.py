@@ -16,16 +16,17 @@ import asyncio
 import itertools
 import sys
 import threading
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
 from sqlalchemy import event
-from sqlalchemy.engine import ChunkedIteratorResult
+from sqlalchemy.engine import ChunkedIteratorResult, CursorResult
+from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from aftercommit.errors import SessionShared
-from aftercommit.pools.holds import Hold, asking
+from aftercommit.pools.holds import Hold, asking, at_work
 from aftercommit.pools.lines import Line, is_machinery, is_users, line_at
 from aftercommit.sessions.owner import Owner
 
@@ -50,6 +51,7 @@ _METHODS: Final = (
 )
 # What may write without a flush.
 _PAST_FLUSH: Final = frozenset({"connection", "bulk_save_objects", "bulk_insert_mappings", "bulk_update_mappings"})
+_FETCHES: Final = frozenset({"fetchone", "fetchmany", "fetchall"})
 _TRANSACTION_METHODS: Final = ("commit", "rollback", "prepare", "close")
 
 
@@ -213,7 +215,7 @@ def _after_flush(session: Session, _context: object) -> None:
 def _guarded(kind: type[Session]) -> type[Session]:
     methods = {name: _method(kind, name) for name in _METHODS if hasattr(kind, name)}
     # `with session.begin():` ends the transaction past the session, and so may whoever asks for it.
-    given = ("begin",)
+    given = ("begin", "get_transaction", "get_nested_transaction")
     giving = {name: _giving(methods.get(name) or getattr(kind, name)) for name in given}
     return _subclass(kind, {**methods, **giving, "_execute_internal": _execute(kind)})
 
@@ -294,6 +296,9 @@ def _execute(kind: type[Any]) -> Callable[..., Any]:
                 guard.leave()
         if isinstance(result, ChunkedIteratorResult):
             _guard_rows(result, guard)
+        elif isinstance(result, CursorResult) and isinstance(result.cursor_strategy, BufferedRowCursorFetchStrategy):
+            streaming: Any = _Streaming(result.cursor_strategy, guard)
+            result.cursor_strategy = streaming
         return result
 
     return guarded
@@ -322,6 +327,27 @@ def _guard_rows(result: ChunkedIteratorResult[Any], guard: Guard) -> None:
     result.chunks = guarded
     # As its constructor and `yield_per` made it, which nobody has begun to read.
     result.iterator = itertools.chain.from_iterable(guarded(result._yield_per))  # noqa: SLF001
+
+
+class _Streaming:
+    """How the rows of no class are fetched that are streamed: guarded, as those of instances are, for each fetch."""
+
+    def __init__(self, strategy: BufferedRowCursorFetchStrategy, guard: Guard) -> None:
+        self._strategy = strategy
+        self._guard = guard
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._strategy, name)
+        return partial(self._fetch, found) if name in _FETCHES else found
+
+    def _fetch(self, fetch: Callable[..., Any], result: CursorResult[Any], *args: Any, **kwargs: Any) -> Any:
+        is_first = self._guard.enter("fetch")
+        try:
+            with at_work(result.connection):
+                return fetch(result, *args, **kwargs)
+        finally:
+            if is_first:
+                self._guard.leave()
 
 
 def _giving(give: Callable[..., Any]) -> Callable[..., Any]:
