@@ -214,6 +214,11 @@ class PoolExhausted(AfterCommitError, sqlalchemy.exc.TimeoutError):  # pyright: 
         self.is_standstill = is_standstill
         self.is_alone = is_alone
 
+    def __str__(self) -> str:
+        """The message, with its code at the end."""
+        # SQLAlchemy's own adds the address of a page of its documentation, which knows none of our codes.
+        return f"{Exception.__str__(self)} [{self.code}]"
+
 
 class DatabaseUnavailable(AfterCommitError):
     """The database could not be reached when the application or a worker started."""
