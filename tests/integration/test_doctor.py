@@ -10,6 +10,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
@@ -265,6 +266,28 @@ def test_settings_of_the_server_are_read(
 
     assert finding.level is level
     assert found in finding.found
+
+
+@postgresql
+@pytest.mark.parametrize("whose", ["DATABASE {}", "ROLE postgres IN DATABASE {}"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "default_transaction_isolation = 'serializable'",
+        "default_transaction_read_only = on",
+        "synchronous_commit = off",
+    ],
+)
+def test_what_is_to_be_typed_changes_the_setting(shop: Workshop, postgres: PostgresServer, whose: str, setting: str):
+    """Wherever the setting was made, and also where all transactions are read-only."""
+    plant(shop, worker())
+    postgres.execute(f"ALTER {whose} SET {setting}", str(shop.outside.url.database))  # type: ignore[arg-type]
+    (finding,) = [each for each in examine(shop.db, "shop:db", processes=None) if each.level is not Level.OK]
+
+    with psycopg.connect(shop.under_test.sync_url.replace("+psycopg", ""), autocommit=True) as psql:
+        psql.execute(finding.remedy[0].encode())
+
+    assert {each.level for each in examine(shop.db, "shop:db", processes=None)} == {Level.OK}
 
 
 @postgresql

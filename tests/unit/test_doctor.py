@@ -105,6 +105,27 @@ def test_what_is_wrong_with_a_server_is_found(server: Server, level: Level, foun
     assert remedy in "\n".join(finding.remedy)
 
 
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("configuration file", 'ALTER DATABASE "my-shop" SET synchronous_commit = on;'),
+        ("database", 'ALTER DATABASE "my-shop" SET synchronous_commit = on;'),
+        ("user", 'ALTER ROLE "user" SET synchronous_commit = on;'),
+        ("database user", 'ALTER ROLE "user" IN DATABASE "my-shop" SET synchronous_commit = on;'),
+        ("client", "Database(…)    # without synchronous_commit in the URL, or in connect_args"),
+    ],
+)
+def test_a_setting_is_changed_where_it_was_made(source: str, line: str):
+    """A role's wins over its database's; names are written as the server reads them."""
+    server = dataclasses.replace(
+        settings(synchronous_commit="off"), database="my-shop", role="user", sources={"synchronous_commit": source}
+    )
+
+    _described, finding = check_server(server, [])
+
+    assert finding.remedy == (line,)
+
+
 def test_a_time_limit_of_a_tasks_own_takes_the_servers_place():
     """Where every task has one, the server's limits of statements and of idleness are no news."""
     db = Database("postgresql://localhost/shop")
