@@ -13,6 +13,7 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
 from aftercommit import Database, PoolSettings, TaskRecord
@@ -288,6 +289,63 @@ def test_what_is_to_be_typed_changes_the_setting(shop: Workshop, postgres: Postg
         psql.execute(finding.remedy[0].encode())
 
     assert {each.level for each in examine(shop.db, "shop:db", processes=None)} == {Level.OK}
+
+
+@postgresql
+def test_tables_that_somebody_has_locked_are_not_waited_for(shop: Workshop):
+    """As during a migration: it is said, with what to look at, and the rest is examined all the same."""
+    plant(shop, worker())
+
+    with shop.outside.connect() as holder:
+        holder.exec_driver_sql("BEGIN")
+        holder.exec_driver_sql("LOCK TABLE aftercommit_task IN ACCESS EXCLUSIVE MODE")
+        findings = examine(shop.db, "shop:db", processes=None)
+        (locked,) = [each for each in findings if each.level not in {Level.OK, Level.NOTE}]
+        pids = [row[0] for row in holder.exec_driver_sql(locked.remedy[0]).all()]
+        mine = holder.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+        holder.exec_driver_sql("ROLLBACK")
+
+    assert (locked.check, locked.level) == ("tables", Level.WRONG)
+    assert "locked" in locked.found
+    assert pids == [mine]
+    assert {"server", "connections", "clock"} <= {each.check for each in findings}
+
+
+@postgresql
+@pytest.mark.parametrize(
+    ("granted", "denied"),
+    [
+        ("SELECT ON aftercommit_schema", "aftercommit_task"),
+        ("SELECT ON ALL TABLES IN SCHEMA public", "aftercommit_task"),
+        (
+            "SELECT, INSERT, UPDATE, DELETE ON aftercommit_task, aftercommit_worker, aftercommit_pool",
+            "aftercommit_batch",
+        ),
+    ],
+)
+def test_a_role_that_may_not_use_the_tables_is_told_so(
+    shop: Workshop, postgres: PostgresServer, granted: str, denied: str
+):
+    """The role and the tables are named, and what is to be typed by their owner mends it."""
+    plant(shop, worker())
+    role = f"role_{shop.outside.url.database}"
+    shop.sql(f"CREATE ROLE {role} LOGIN")
+    shop.sql(f"GRANT {granted} TO {role}")
+    theirs = Database(make_url(shop.under_test.url).set(username=role))
+    theirs.task(name="effect")(lambda: None)
+    try:
+        (finding,) = [each for each in examine(theirs, "shop:db", processes=None) if each.level in BAD]
+        for line in finding.remedy:
+            shop.sql(line)
+        after = [each for each in examine(theirs, "shop:db", processes=None) if each.level in BAD]
+    finally:
+        shop.sql(f"DROP OWNED BY {role}")
+        shop.sql(f"DROP ROLE {role}")
+
+    assert (finding.check, finding.level) == ("tables", Level.WRONG)
+    assert repr(role) in finding.found
+    assert denied in finding.found
+    assert after == []
 
 
 @postgresql

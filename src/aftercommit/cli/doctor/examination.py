@@ -7,9 +7,9 @@ import sqlite3
 import time
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from aftercommit.cli.doctor.findings import Finding, Level
+from aftercommit.cli.doctor.findings import Finding, Level, identifier
 from aftercommit.cli.doctor.server import Clock, check_budget, check_clock, check_server
 from aftercommit.cli.doctor.setup import (
     check_drivers,
@@ -28,7 +28,7 @@ from aftercommit.records import census, schema, server
 from aftercommit.runner.budgeting import expected_processes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from sqlalchemy import Connection
 
@@ -45,6 +45,13 @@ _PATIENCE: Final = {"psycopg": "connect_timeout", "asyncpg": "timeout", "pysqlit
 
 _SECONDS: Final = {"psycopg": 5, "asyncpg": 5.0, "pysqlite": 1.0, "aiosqlite": 1.0}
 _LOOKS: Final = 3
+_LOCK_SECONDS: Final = 3
+_LOCKED: Final = "55P03"
+_WHO_LOCKS: Final = (
+    "SELECT DISTINCT pid, application_name, state, xact_start, query FROM pg_locks JOIN pg_stat_activity USING (pid) "
+    "WHERE starts_with(relation::regclass::text, 'aftercommit') AND mode = 'AccessExclusiveLock' AND granted;"
+)
+_NOT_ALLOWED: Final = "42501"
 
 
 def examine(db: Database, where: str, *, processes: int | None) -> list[Finding]:
@@ -70,7 +77,7 @@ def examine(db: Database, where: str, *, processes: int | None) -> list[Finding]
             # Connecting would make the file, or fail with less of a reason.
             return findings
     try:
-        findings += _ask(pools, lambda connection: _look(connection, db, where, tasks, processes))
+        _ask(pools, lambda connection: findings.extend(_look(connection, db, where, tasks, processes)))
     except ConfigurationError:
         pass  # a driver that is not installed, which has been said
     except (SQLAlchemyError, OSError, TimeoutError) as exc:
@@ -80,17 +87,33 @@ def examine(db: Database, where: str, *, processes: int | None) -> list[Finding]
 
 def _look(
     connection: Connection, db: Database, where: str, tasks: Sequence[Task[Any, Any]], processes: int | None
-) -> list[Finding]:
-    is_sqlite = connection.dialect.name == "sqlite"
+) -> Iterator[Finding]:
     durable = [task for task in tasks if task.settings.durable]
-    findings = _check_sqlite(connection) if is_sqlite else check_server(server.look(connection), durable)
-    clocks = [] if is_sqlite else [check_clock([_clock(connection) for _ in range(_LOOKS)])]
-    tables, is_ready = _check_tables(connection, where, has_durable=bool(durable), is_sqlite=is_sqlite)
-    found = _take_census(connection, db, where, durable) if is_ready else None
-    if not is_sqlite:
-        live = 0 if found is None else len(found.live)
-        findings.append(_budget(connection, db, processes, live))
-    return [*findings, *clocks, tables, *([] if found is None else check_work(found))]
+    if connection.dialect.name == "sqlite":
+        yield from _check_sqlite(connection)
+        tables, found = _look_at_tables(connection, db, where, durable)
+    else:
+        # As long as this transaction lasts: whoever asks the doctor may do so because somebody has locked the tables.
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'")
+        yield from check_server(server.look(connection), durable)
+        clock = check_clock([_clock(connection) for _ in range(_LOOKS)])
+        try:
+            with connection.begin_nested():
+                tables, found = _look_at_tables(connection, db, where, durable)
+        except DBAPIError as exc:
+            tables, found = _refused(connection, exc, has_durable=bool(durable)), None
+        yield _budget(connection, db, processes, 0 if found is None else len(found.live))
+        yield clock
+    yield tables
+    if found is not None:
+        yield from check_work(found)
+
+
+def _look_at_tables(
+    connection: Connection, db: Database, where: str, durable: Sequence[Task[Any, Any]]
+) -> tuple[Finding, Census | None]:
+    finding, is_ready = _check_tables(connection, where, has_durable=bool(durable))
+    return finding, _take_census(connection, db, where, durable) if is_ready else None
 
 
 def _check_sqlite(connection: Connection) -> list[Finding]:
@@ -150,9 +173,13 @@ def _try_to_write(connection: Connection) -> None:
         cursor.close()
 
 
-def _check_tables(connection: Connection, where: str, *, has_durable: bool, is_sqlite: bool) -> tuple[Finding, bool]:
+def _check_tables(connection: Connection, where: str, *, has_durable: bool) -> tuple[Finding, bool]:
     """Look whether our tables fit; also return whether they can be read."""
+    is_sqlite = connection.dialect.name == "sqlite"
     problem = schema.schema_problem(connection)
+    denied = [] if problem is not None or is_sqlite else census.denied(connection)
+    if denied:
+        return _denied(connection, denied, has_durable=has_durable), False
     if problem is None:
         version = census.version(connection) or 0
         is_newer = version > schema.SCHEMA_VERSION
@@ -165,14 +192,57 @@ def _check_tables(connection: Connection, where: str, *, has_durable: bool, is_s
             if is_newer
             else "",
         ), True
-    level = Level.WRONG
-    why = "Durable tasks are rows in them: the first one that is asked for fails, and its transaction with it."
-    if not has_durable:
-        level, why = Level.NOTE, "Nothing here declares a durable task, so nobody misses them yet."
-    elif is_sqlite and "missing" in problem:
+    level, why = _missed(has_durable=has_durable)
+    if has_durable and is_sqlite and "missing" in problem:
         level, why = Level.WARNING, f"{why} On SQLite install(app, db) and db.running() make them at start-up."
     remedy = (f"aftercommit schema {where} --apply",)
     return Finding(check="tables", level=level, found=problem, why=why, remedy=remedy), False
+
+
+def _missed(*, has_durable: bool) -> tuple[Level, str]:
+    """How bad it is that our tables cannot be used."""
+    if not has_durable:
+        return Level.NOTE, "Nothing here declares a durable task, so nobody misses them yet."
+    return (
+        Level.WRONG,
+        "Durable tasks are rows in them: the first one that is asked for fails, and its transaction with it.",
+    )
+
+
+def _refused(connection: Connection, error: DBAPIError, *, has_durable: bool) -> Finding:
+    """Say why our tables cannot be looked at.
+
+    Raises:
+        DBAPIError: *error*, if it is none of those that are known.
+    """
+    code = getattr(error.orig, "sqlstate", None)
+    if code == _NOT_ALLOWED and (denied := census.denied(connection)):
+        return _denied(connection, denied, has_durable=has_durable)
+    if code != _LOCKED:
+        raise error
+    level, _ = _missed(has_durable=has_durable)
+    return Finding(
+        check="tables",
+        level=level,
+        found=f"Somebody has locked them, for longer than {_LOCK_SECONDS} s",
+        why="As a migration does, or a transaction that was left open: whoever hands over or runs tasks waits for it.",
+        remedy=(
+            _WHO_LOCKS,
+            "SELECT pg_terminate_backend(…its pid…);",
+        ),
+    )
+
+
+def _denied(connection: Connection, tables: Sequence[str], *, has_durable: bool) -> Finding:
+    role = str(connection.exec_driver_sql("SELECT current_user").scalar())
+    level, why = _missed(has_durable=has_durable)
+    return Finding(
+        check="tables",
+        level=level,
+        found=f"The role {role!r} may not read and write {', '.join(tables)}",
+        why=why,
+        remedy=(f"GRANT SELECT, INSERT, UPDATE, DELETE ON {', '.join(tables)} TO {identifier(role)};",),
+    )
 
 
 def _take_census(connection: Connection, db: Database, where: str, durable: Sequence[Task[Any, Any]]) -> Census:
