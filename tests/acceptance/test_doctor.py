@@ -186,6 +186,15 @@ def test_a_folder_that_does_not_exist():
     assert found["file"]["remedy"] == [f"mkdir -p {Path.cwd() / 'data'}"]
 
 
+def test_a_path_with_spaces_is_one_word():
+    """What is there to be copied can be."""
+    write(url='"sqlite:///my data/shop.db"')
+
+    _, found = doctor()
+
+    assert found["file"]["remedy"] == [f"mkdir -p '{Path.cwd() / 'my data'}'"]
+
+
 AS_ANYBODY = """
 import ctypes, os, sys
 
@@ -250,6 +259,31 @@ def test_a_file_that_is_locked_in_another_journal_mode():
     assert "'delete'" in found["journal mode"]["found"]
     assert "PRAGMA journal_mode=WAL" in found["journal mode"]["remedy"][0]
     assert found["write lock"]["level"] == "warning"
+
+
+@pytest.mark.parametrize(
+    ("content", "why", "typed"),
+    [
+        (b"no database at all " * 300, "damaged", "sqlite3 'my shop.db' 'PRAGMA integrity_check'"),
+        (None, "locked", "lsof 'my shop.db'    # who has it open"),
+    ],
+)
+def test_a_file_that_cannot_be_read_at_all(content: bytes | None, why: str, typed: str):
+    """Broken, or locked as a whole by somebody who does not use a write-ahead log."""
+    write(url='"sqlite:///my shop.db"', arguments='"timeout": 0.1')
+    other = sqlite3.connect("my shop.db", isolation_level=None)
+    other.execute("CREATE TABLE mine (id)")
+    other.execute("BEGIN EXCLUSIVE")
+    if content is not None:
+        other.close()
+        Path("my shop.db").write_bytes(content)
+
+    code, found = doctor()
+    other.close()
+
+    assert (code, found["database"]["level"]) == (1, "wrong")
+    assert why in found["database"]["why"]
+    assert found["database"]["remedy"] == [typed]
 
 
 # --- the rest ---------------------------------------------------------------------------------------------------

@@ -207,6 +207,25 @@ def test_a_silent_worker_with_nothing_in_hand_is_a_note(shop: Workshop):
     assert [(each.level, each.check) for each in findings] == [(Level.NOTE, "workers")]
 
 
+def test_what_clears_away_by_hand_can_be_typed(database: DatabaseUnderTest):
+    """In the words of the database at hand, and it deletes what is older, and nothing else."""
+    shop = Workshop(database, keep_finished=None)
+    shop.task()(effect)
+    TaskRecord.metadata.create_all(shop.outside)
+    plant(
+        shop,
+        SchemaRecord(id=1, version=1),
+        task(state="succeeded", finished_at=before(91 * 86400)),
+        task(state="succeeded", finished_at=before(89 * 86400)),
+    )
+    (finding,) = [each for each in examine(shop.db, "shop:db", processes=None) if each.check == "records"]
+
+    shop.sql(finding.remedy[0])
+
+    assert len(shop.records()) == 1
+    shop.close()
+
+
 # --- tables -----------------------------------------------------------------------------------------------------
 
 

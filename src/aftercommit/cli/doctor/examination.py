@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from aftercommit.cli.doctor.findings import Finding, Level, identifier
+from aftercommit.cli.doctor.findings import Finding, Level, identifier, word
+from aftercommit.cli.doctor.reaching import configuration, no_url, unreachable, who_has_open
 from aftercommit.cli.doctor.server import Clock, check_budget, check_clock, check_server
 from aftercommit.cli.doctor.setup import (
     check_drivers,
@@ -23,7 +24,6 @@ from aftercommit.cli.doctor.work import WITHIN, Census, check_work
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools.budget import Budget
 from aftercommit.pools.pools import REQUEST
-from aftercommit.pools.urls import render
 from aftercommit.records import census, schema, server
 from aftercommit.runner.budgeting import expected_processes
 
@@ -66,9 +66,9 @@ def examine(db: Database, where: str, *, processes: int | None) -> list[Finding]
     try:
         pools = _impatient(db)
     except ConfigurationError as exc:
-        return [*findings, _configuration(exc)]
+        return [*findings, configuration(exc)]
     except Exception as exc:  # noqa: BLE001  # the application's own function
-        return [*findings, _no_url(exc)]
+        return [*findings, no_url(exc)]
     tasks = sorted(set(db.tasks.values()), key=lambda task: task.name)
     findings += check_drivers(pools.flavours, tasks)
     if pools.is_sqlite:
@@ -81,7 +81,7 @@ def examine(db: Database, where: str, *, processes: int | None) -> list[Finding]
     except ConfigurationError:
         pass  # a driver that is not installed, which has been said
     except (SQLAlchemyError, OSError, TimeoutError) as exc:
-        findings.append(_unreachable(pools, exc))
+        findings.append(unreachable(pools, exc))
     return findings
 
 
@@ -118,6 +118,7 @@ def _look_at_tables(
 
 def _check_sqlite(connection: Connection) -> list[Finding]:
     findings = []
+    path = word(file_of(connection.engine.url))
     mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
     if mode != "wal":
         findings.append(
@@ -127,9 +128,7 @@ def _check_sqlite(connection: Connection) -> list[Finding]:
                 found=f"The file's journal mode is {mode!r}, and not 'wal'",
                 why="Whoever writes then waits for everybody who reads. Each connection asks for WAL; somebody had the "
                 "file locked, or it cannot be written.",
-                remedy=(
-                    f"sqlite3 {connection.engine.url.database} 'PRAGMA journal_mode=WAL'    # while nobody uses it",
-                ),
+                remedy=(f"sqlite3 {path} 'PRAGMA journal_mode=WAL'    # while nobody uses it",),
             )
         )
     try:
@@ -145,9 +144,7 @@ def _check_sqlite(connection: Connection) -> list[Finding]:
                 why="Somebody has held the only write lock for longer than a second: everybody else who writes waits."
                 if is_busy
                 else "Neither requests nor tasks can commit.",
-                remedy=(f"lsof {connection.engine.url.database}    # who has it open",)
-                if is_busy
-                else (f"ls -l {connection.engine.url.database}*",),
+                remedy=(who_has_open(connection.engine.url) if is_busy else f"ls -l {path}*",),
             )
         )
     version = connection.exec_driver_sql("SELECT sqlite_version()").scalar()
@@ -318,34 +315,3 @@ def _ask(pools: Pools, work: Callable[[Connection], T]) -> T:
             return work(connection)
     finally:
         pool.dispose()
-
-
-def _configuration(error: ConfigurationError) -> Finding:
-    return Finding(check="url", level=Level.WRONG, found=str(error), why="Nothing can be connected to.")
-
-
-def _no_url(error: Exception) -> Finding:
-    return Finding(
-        check="url",
-        level=Level.WRONG,
-        found=f"The function that gives the URL raised {type(error).__name__}",
-        why="Nothing can be connected to. Does it read a variable that is not set here?",
-        remedy=("env | cut -d= -f1    # the names of those that are set",),
-    )
-
-
-def _unreachable(pools: Pools, error: BaseException) -> Finding:
-    url = pools.flavours.given
-    said = " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
-    if url.password:
-        said = said.replace(str(url.password), "***")
-    remedy = f"pg_isready -h {url.host or 'localhost'} -p {url.port or 5432} -d {url.database or ''}"
-    if pools.is_sqlite:
-        remedy = f"ls -l {url.database}*"
-    return Finding(
-        check="database",
-        level=Level.WRONG,
-        found=f"{render(url)} cannot be asked: {said}",
-        why="Neither requests nor tasks can work without it.",
-        remedy=(remedy,),
-    )

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from aftercommit.cli.doctor.findings import Finding, Level
+from aftercommit.cli.doctor.findings import Finding, Level, word
 from aftercommit.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -143,7 +143,9 @@ def check_file(path: Path, where: str) -> list[Finding]:
     folder = path.parent
     if not folder.is_dir():
         return [
-            _file_is_wrong(f"The folder {folder} does not exist", "No file can be made in it.", f"mkdir -p {folder}")
+            _file_is_wrong(
+                f"The folder {folder} does not exist", "No file can be made in it.", f"mkdir -p {word(folder)}"
+            )
         ]
     if not os.access(folder, os.W_OK | os.X_OK):
         why = "SQLite keeps its log and its lock beside the file, so without writing there nothing can be committed."
@@ -202,7 +204,7 @@ def _file_is_wrong(found: str, why: str, *remedy: str) -> Finding:
 
 def _permit(path: Path) -> str:
     is_ours = path.stat().st_uid == os.getuid()
-    return f"chmod u+w {path}" if is_ours else f"chown {_user()} {path}"
+    return f"chmod u+w {word(path)}" if is_ours else f"chown {_user()} {word(path)}"
 
 
 def _user() -> str:

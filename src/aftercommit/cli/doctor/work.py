@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from aftercommit.cli.doctor.findings import Finding, Level, ago
+from aftercommit.cli.doctor.findings import Finding, Level, ago, word
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -20,6 +20,8 @@ WITHIN: Final = 24 * 3600.0
 _LATE: Final = 60.0
 _SLACK: Final = 3600.0
 _SHOWN: Final = 5
+_CLEAR: Final = "DELETE FROM aftercommit_task WHERE finished_at < now() - interval '90 days';"
+_CLEAR_SQLITE: Final = "DELETE FROM aftercommit_task WHERE finished_at < datetime('now', '-90 days');"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +156,7 @@ def _paused(census: Census) -> Iterable[Finding]:
             level=Level.WARNING,
             found=f"The pool {pool!r} is paused, and {_tasks(waiting)} queued in it",
             why="Nobody starts tasks in it, in any process, until it is resumed.",
-            remedy=(f"aftercommit pools resume {pool} --db {census.where}",),
+            remedy=(f"aftercommit pools resume {word(pool)} --db {census.where}",),
         )
 
 
@@ -172,7 +174,7 @@ def _nobody_runs(census: Census) -> Iterable[Finding]:
             level=Level.WRONG if due else Level.WARNING,
             found=f"No live worker runs the pool {pool!r}, and {_tasks(number)} queued in it{oldest}",
             why="They wait until a process runs it. Look at runs=, AFTERCOMMIT_RUNS and --pools of the others.",
-            remedy=(f"aftercommit worker {census.where} --pools {pool}",),
+            remedy=(f"aftercommit worker {census.where} --pools {word(pool)}",),
         )
 
 
@@ -197,7 +199,7 @@ def _unknown(census: Census) -> Iterable[Finding]:
             if is_here
             else (
                 f"@db.task(aliases=({name!r},))    # on the task that took its place",
-                f"aftercommit tasks cancel --db {census.where} --state queued --task {name}",
+                f"aftercommit tasks cancel --db {census.where} --state queued --task {word(name)}",
             ),
         )
 
@@ -224,8 +226,8 @@ def _late(census: Census) -> Iterable[Finding]:
             found=found,
             why="A live worker runs this pool and knows the name: all places are taken, or it does not keep up.",
             remedy=(
-                f"aftercommit tasks list --db {census.where} --pool {pool} --state running",
-                f"aftercommit worker {census.where} --pools {pool}    # one more",
+                f"aftercommit tasks list --db {census.where} --pool {word(pool)} --state running",
+                f"aftercommit worker {census.where} --pools {word(pool)}    # one more",
             ),
         )
 
@@ -241,8 +243,8 @@ def _failed(census: Census) -> Iterable[Finding]:
             found=f"{each.failed} × {each.task!r} failed for good in the last 24 hours",
             why=f"The last one says: {each.error}" if each.error else "",
             remedy=(
-                f"aftercommit tasks list --db {census.where} --state failed --task {each.task}",
-                f"aftercommit tasks retry --db {census.where} --state failed --task {each.task}",
+                f"aftercommit tasks list --db {census.where} --state failed --task {word(each.task)}",
+                f"aftercommit tasks retry --db {census.where} --state failed --task {word(each.task)}",
             ),
         )
     if len(census.failures) > _SHOWN:
@@ -272,7 +274,7 @@ def _records(census: Census) -> Iterable[Finding]:
             level=Level.NOTE,
             found=f"{found}, and keep_finished is None",
             why="Nobody clears them away but you.",
-            remedy=("DELETE FROM aftercommit_task WHERE finished_at < now() - interval '90 days';",),
+            remedy=(_CLEAR_SQLITE if census.tuples is None else _CLEAR,),
         )
     else:
         yield Finding(check="records", level=Level.OK, found=found)
