@@ -136,6 +136,7 @@ def test_a_url_that_cannot_be_had():
     ("url", "package", "after", "level"),
     [
         ("postgresql+asyncpg://joe@127.0.0.1:1/shop", "asyncpg", "", "wrong"),
+        ("postgresql://joe@127.0.0.1:1/shop", "psycopg", "", "wrong"),
         ("sqlite:///shop.db", "aiosqlite", "@db.task\nasync def more(session: AsyncSession) -> None: ...", "wrong"),
     ],
 )
@@ -146,7 +147,9 @@ def test_a_driver_that_is_not_installed(url: str, package: str, after: str, leve
     code, found = doctor()
 
     assert (code, found["drivers"]["level"]) == (1, level)
-    assert f"pip install '{package}'" in found["drivers"]["remedy"]
+    (remedy,) = found["drivers"]["remedy"]
+    assert remedy.startswith(f"pip install '{package}")
+    assert "double" not in found["drivers"]["why"]  # it takes no session
 
 
 def test_an_old_package(monkeypatch: pytest.MonkeyPatch):
@@ -301,6 +304,7 @@ def test_warnings_count_where_that_is_asked_for(postgres_url: str):
     assert (lenient, strict) == (0, 1)
     assert "100 processes × 18 connections = 1800, but" in by_option["connections"]["found"]
     assert "50 processes × 18 connections = 900, but" in by_environment["connections"]["found"]
+    assert "(by WEB_CONCURRENCY)" in by_environment["connections"]["found"]
 
 
 def test_a_clock_that_is_wrong(postgres_url: str):

@@ -130,6 +130,16 @@ PLANTED: list[tuple[Callable[[], list[Any]], Level, str, str, str]] = [
         "No live worker runs the pool 'files', and 1 task is queued", "aftercommit worker shop:db --pools files",
     ),
     (
+        lambda: [worker(pools=("default",)), worker(names=("other",), pools=("files",)), task(pool="files")],
+        Level.WARNING, "names",
+        "No live worker that runs the pool 'files' knows the task 'effect', and 1 task is queued",
+        "aftercommit worker shop:db --pools files",
+    ),
+    (
+        lambda: [worker(), task(pool="old")], Level.WRONG, "pools",
+        "No live worker runs the pool 'old', and 1 task is queued", "aftercommit worker shop:db",
+    ),
+    (
         lambda: [worker(pools=("files",))], Level.WARNING, "pools",
         "No live worker runs the pool 'default', and 0 tasks", "--pools default",
     ),
@@ -182,6 +192,7 @@ def test_what_is_planted_is_found(shop: Workshop, planted: tuple[Callable[[], li
     assert found in finding.found
     assert finding.why
     assert remedy in "\n".join(finding.remedy)
+    assert "--pools old" not in "\n".join(finding.remedy)  # there is none, so no worker would start
 
 
 def test_the_last_error_of_a_name_is_shown(shop: Workshop):

@@ -43,6 +43,7 @@ CENSUS = Census(
     keep=7 * 24 * 3600.0,
     names={"quick", "slow"},
     pools={"default"},
+    declared={"request", "default"},
     where="shop:db",
 )
 

@@ -255,17 +255,21 @@ def _take_census(connection: Connection, db: Database, where: str, durable: Sequ
         keep=db.pace.keep,
         names={name for name, task in db.tasks.items() if task.settings.durable},
         pools={task.settings.pool for task in durable},
+        declared=db.pool_settings,
         where=where,
     )
 
 
 def _budget(connection: Connection, db: Database, processes: int | None, live: int) -> Finding:
+    expected = expected_processes()
     if processes is not None:
         counted, source = processes, "by --processes"
+    elif expected > max(1, live):
+        counted, source = expected, "by WEB_CONCURRENCY"
+    elif live:
+        counted, source = live, "those that are alive; say --processes if there are more"
     else:
-        counted, source = max(live, expected_processes()), "those that are alive; say --processes if there are more"
-        if counted > live:
-            source = "none is alive; say --processes for how many there will be" if not live else "by WEB_CONCURRENCY"
+        counted, source = 1, "none is alive; say --processes for how many there will be"
     # As if each ran all pools: this one may be started with other pools than the others.
     every = [name for name in db.pool_settings if name != REQUEST]
     budget = Budget(shares=db.shares(every), processes=counted, limits=server.limits(connection))

@@ -40,6 +40,7 @@ class Census:
         keep: Seconds for which records are kept, or None for ever.
         names: The tasks that the code at hand knows.
         pools: The pools that have tasks in the code at hand.
+        declared: The pools that the code at hand has, with and without tasks.
         where: The ``Database``, as ``module:name``.
     """
 
@@ -54,6 +55,7 @@ class Census:
     keep: float | None
     names: Collection[str]
     pools: Collection[str]
+    declared: Collection[str]
     where: str
 
     @property
@@ -173,9 +175,16 @@ def _nobody_runs(census: Census) -> Iterable[Finding]:
             check="pools",
             level=Level.WRONG if due else Level.WARNING,
             found=f"No live worker runs the pool {pool!r}, and {_tasks(number)} queued in it{oldest}",
-            why="They wait until a process runs it. Look at runs=, AFTERCOMMIT_RUNS and --pools of the others.",
-            remedy=(f"aftercommit worker {census.where} --pools {word(pool)}",),
+            why="They wait until a process runs it. Look at runs=, AFTERCOMMIT_RUNS and --pools of the others."
+            if pool in census.declared
+            else "The code at hand has no such pool. Workers of it take what they know into the pools that they have.",
+            remedy=(_start(census, pool),),
         )
+
+
+def _start(census: Census, pool: str) -> str:
+    """Return the line that starts a worker of the code at hand for a pool, if there is one."""
+    return f"aftercommit worker {census.where}" + (f" --pools {word(pool)}" if pool in census.declared else "")
 
 
 def _unknown(census: Census) -> Iterable[Finding]:
@@ -202,6 +211,18 @@ def _unknown(census: Census) -> Iterable[Finding]:
                 f"aftercommit tasks cancel --db {census.where} --state queued --task {word(name)}",
             ),
         )
+    for queue in census.queues:
+        runners = [worker for worker in census.live if queue.pool in worker.pools]
+        if queue.task in known and runners and not any(queue.task in worker.names for worker in runners):
+            yield Finding(
+                check="names",
+                level=Level.WARNING,
+                found=f"No live worker that runs the pool {queue.pool!r} knows the task {queue.task!r}, and "
+                f"{_tasks(queue.queued)} queued"
+                + (f", the oldest due for {ago(queue.oldest)}" if queue.oldest else ""),
+                why="Those that know it run other pools, as where two releases share the tables.",
+                remedy=(_start(census, queue.pool),),
+            )
 
 
 def _late(census: Census) -> Iterable[Finding]:
