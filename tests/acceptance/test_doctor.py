@@ -328,6 +328,7 @@ def test_the_environment_is_told_of():
     assert "AFTERCOMMIT_RUNS=none is set here" in said.stdout
 
 
+@pytest.mark.parametrize("command", ["doctor", "schema"])
 @pytest.mark.parametrize(
     ("application", "said"),
     [
@@ -335,12 +336,37 @@ def test_the_environment_is_told_of():
         ("from aftercommit import Database\ndb = Database('x')", "AC401"),
     ],
 )
-def test_mistakes_are_explained(application: str, said: str):
+def test_mistakes_are_explained(command: str, application: str, said: str):
     """What is no ``Database``, or none that can be made, ends with 2 and a sentence, never with a traceback."""
     Path("shop.py").write_text(application)
 
-    result = run("doctor", "shop:db")
+    result = run(command, "shop:db")
 
     assert result.returncode == 2
     assert said in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("words", [("doctor", "shop:db"), ("worker", "shop:db"), ("schema", "shop:db")])
+def test_an_application_that_cannot_be_imported(words: tuple[str, ...]):
+    """Ends with 2, as what cannot be named does, and shows where it failed."""
+    Path("shop.py").write_text("import there_is_no_such_package")
+
+    result = run(*words)
+
+    assert result.returncode == 2
+    assert 'shop.py", line 1' in result.stderr
+    assert "No module named 'there_is_no_such_package'" in result.stderr
+    assert "The module 'shop' cannot be imported" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["doctor", "worker"])
+def test_a_module_of_tasks_that_is_not_there(command: str):
+    """A slip in ``--import`` is a sentence."""
+    write()
+
+    result = run(command, "shop:db", "--import", "shop_tasks.mail")
+
+    assert result.returncode == 2
+    assert "There is no module 'shop_tasks' here." in result.stderr
     assert "Traceback" not in result.stderr
