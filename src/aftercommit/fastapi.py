@@ -140,8 +140,7 @@ def install(
         raise ConfigurationError("This Database is installed in this application already. Once is enough.")
     setattr(app.router, _INSTALLED, [*databases, db])
     _applications.add(app)
-    app.exception_handlers.setdefault(PoolExhausted, _answer_exhausted)
-    app.exception_handlers.setdefault(DBAPIError, _answer_unreachable)
+    _answer_errors(app)
     running = db.running(runs=runs, grace=grace, create_tables=create_tables, processes=processes, strict=strict)
     db.expects_runner = bool(running.pools)
     db.flavours_of_requests = partial(_flavours_of, app, db)
@@ -153,6 +152,10 @@ def install(
             if fastapi.__version__ == _LOSES_SCOPES:
                 _restore_scopes(route)
             _check(where, route.dependant)
+        for mount in _mounts(app.routes):
+            # What its endpoints raise ends in the mounted application, which answers 500 to what it does not know.
+            if isinstance(mounted := getattr(mount, "app", None), FastAPI):
+                _answer_errors(mounted)
         try:
             # The tables first, because the application's own start-up may hand over tasks; the runner last, because
             # tasks may need what that start-up opens.
@@ -163,6 +166,11 @@ def install(
             await db.async_dispose()
 
     app.router.lifespan_context = lifespan
+
+
+def _answer_errors(app: FastAPI) -> None:
+    app.exception_handlers.setdefault(PoolExhausted, _answer_exhausted)
+    app.exception_handlers.setdefault(DBAPIError, _answer_unreachable)
 
 
 async def _answer_exhausted(request: Request, error: Exception) -> Response:

@@ -136,6 +136,7 @@ def test_a_url_that_cannot_be_had():
     ("url", "package", "after", "level"),
     [
         ("postgresql+asyncpg://joe@127.0.0.1:1/shop", "asyncpg", "", "wrong"),
+        ("postgresql://joe@127.0.0.1:1/shop", "psycopg", "", "wrong"),
         ("sqlite:///shop.db", "aiosqlite", "@db.task\nasync def more(session: AsyncSession) -> None: ...", "wrong"),
     ],
 )
@@ -146,7 +147,9 @@ def test_a_driver_that_is_not_installed(url: str, package: str, after: str, leve
     code, found = doctor()
 
     assert (code, found["drivers"]["level"]) == (1, level)
-    assert f"pip install '{package}'" in found["drivers"]["remedy"]
+    (remedy,) = found["drivers"]["remedy"]
+    assert remedy.startswith(f"pip install '{package}")
+    assert "double" not in found["drivers"]["why"]  # it takes no session
 
 
 def test_an_old_package(monkeypatch: pytest.MonkeyPatch):
@@ -184,6 +187,15 @@ def test_a_folder_that_does_not_exist():
 
     assert (code, found["file"]["level"]) == (1, "wrong")
     assert found["file"]["remedy"] == [f"mkdir -p {Path.cwd() / 'data'}"]
+
+
+def test_a_path_with_spaces_is_one_word():
+    """What is there to be copied can be."""
+    write(url='"sqlite:///my data/shop.db"')
+
+    _, found = doctor()
+
+    assert found["file"]["remedy"] == [f"mkdir -p '{Path.cwd() / 'my data'}'"]
 
 
 AS_ANYBODY = """
@@ -252,6 +264,31 @@ def test_a_file_that_is_locked_in_another_journal_mode():
     assert found["write lock"]["level"] == "warning"
 
 
+@pytest.mark.parametrize(
+    ("content", "why", "typed"),
+    [
+        (b"no database at all " * 300, "damaged", "sqlite3 'my shop.db' 'PRAGMA integrity_check'"),
+        (None, "locked", "lsof 'my shop.db'    # who has it open"),
+    ],
+)
+def test_a_file_that_cannot_be_read_at_all(content: bytes | None, why: str, typed: str):
+    """Broken, or locked as a whole by somebody who does not use a write-ahead log."""
+    write(url='"sqlite:///my shop.db"', arguments='"timeout": 0.1')
+    other = sqlite3.connect("my shop.db", isolation_level=None)
+    other.execute("CREATE TABLE mine (id)")
+    other.execute("BEGIN EXCLUSIVE")
+    if content is not None:
+        other.close()
+        Path("my shop.db").write_bytes(content)
+
+    code, found = doctor()
+    other.close()
+
+    assert (code, found["database"]["level"]) == (1, "wrong")
+    assert why in found["database"]["why"]
+    assert found["database"]["remedy"] == [typed]
+
+
 # --- the rest ---------------------------------------------------------------------------------------------------
 
 
@@ -267,6 +304,7 @@ def test_warnings_count_where_that_is_asked_for(postgres_url: str):
     assert (lenient, strict) == (0, 1)
     assert "100 processes × 18 connections = 1800, but" in by_option["connections"]["found"]
     assert "50 processes × 18 connections = 900, but" in by_environment["connections"]["found"]
+    assert "(by WEB_CONCURRENCY)" in by_environment["connections"]["found"]
 
 
 def test_a_clock_that_is_wrong(postgres_url: str):
@@ -290,6 +328,7 @@ def test_the_environment_is_told_of():
     assert "AFTERCOMMIT_RUNS=none is set here" in said.stdout
 
 
+@pytest.mark.parametrize("command", ["doctor", "schema"])
 @pytest.mark.parametrize(
     ("application", "said"),
     [
@@ -297,12 +336,37 @@ def test_the_environment_is_told_of():
         ("from aftercommit import Database\ndb = Database('x')", "AC401"),
     ],
 )
-def test_mistakes_are_explained(application: str, said: str):
+def test_mistakes_are_explained(command: str, application: str, said: str):
     """What is no ``Database``, or none that can be made, ends with 2 and a sentence, never with a traceback."""
     Path("shop.py").write_text(application)
 
-    result = run("doctor", "shop:db")
+    result = run(command, "shop:db")
 
     assert result.returncode == 2
     assert said in " ".join(result.stderr.split())
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("words", [("doctor", "shop:db"), ("worker", "shop:db"), ("schema", "shop:db")])
+def test_an_application_that_cannot_be_imported(words: tuple[str, ...]):
+    """Ends with 2, as what cannot be named does, and shows where it failed."""
+    Path("shop.py").write_text("import there_is_no_such_package")
+
+    result = run(*words)
+
+    assert result.returncode == 2
+    assert 'shop.py", line 1' in result.stderr
+    assert "No module named 'there_is_no_such_package'" in result.stderr
+    assert "The module 'shop' cannot be imported" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["doctor", "worker"])
+def test_a_module_of_tasks_that_is_not_there(command: str):
+    """A slip in ``--import`` is a sentence."""
+    write()
+
+    result = run(command, "shop:db", "--import", "shop_tasks.mail")
+
+    assert result.returncode == 2
+    assert "There is no module 'shop_tasks' here." in result.stderr
     assert "Traceback" not in result.stderr

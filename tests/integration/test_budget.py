@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from uuid import uuid4
 
+import psycopg
 import pytest
 import sqlalchemy as sa
 from fastapi import FastAPI
@@ -21,6 +23,7 @@ from aftercommit.errors import PoolBudgetError
 from aftercommit.fastapi import AsyncSessionDep, SessionDep, install, session_of
 from aftercommit.records.tables import WorkerRecord
 from tests.support.postgres import PostgresServer
+from tests.support.servers import Server
 
 SMALL = {"pool": PoolSettings(pool_size=2), "pools": {"default": PoolSettings(pool_size=2)}}
 OURS = "aftercommit.runner.budgeting"
@@ -100,6 +103,64 @@ def test_live_workers_are_counted(url: str, caplog: pytest.LogCaptureFixture):
 
     assert before == []
     assert "3 processes × 7 connections = 21" in warnings(caplog)[0]
+
+
+APPLICATION = """
+import os
+import psycopg
+from fastapi import FastAPI
+from aftercommit import Database
+from aftercommit.fastapi import install
+
+def wait_for_all():
+    with psycopg.connect(os.environ["SHOP_URL"].replace("+psycopg", "")) as connection:
+        connection.execute("SELECT pg_advisory_lock_shared(4711)")
+    return os.environ["SHOP_URL"]
+
+app = FastAPI()
+install(app, Database(wait_for_all))
+"""
+WAITING = "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+
+
+@pytest.mark.parametrize("url", ["psycopg"], indirect=True)
+def test_processes_that_start_together_count_one_another(url: str, tmp_path: Path):
+    """As those of ``uvicorn --workers 4`` do: whoever comes last sees all of them."""
+    (tmp_path / "budget_shop.py").write_text(APPLICATION)
+    db = Database(url)
+    db.create_tables()
+    db.dispose()
+
+    def let_all_go() -> None:
+        with psycopg.connect(url.replace("+psycopg", ""), autocommit=True) as connection:
+            connection.execute("SELECT pg_advisory_lock(4711)")
+            holds.set()
+            while connection.execute(WAITING).fetchone() != (4,):
+                pass
+
+    holds = threading.Event()
+    gate = threading.Thread(target=let_all_go)
+    gate.start()
+    holds.wait(30)
+    with Server(tmp_path / "budget_shop.py", workers=4, env={"SHOP_URL": url}) as server:
+        gate.join(30)
+        said = server.log.text
+
+    assert "4 processes × 18 connections = 72, but the server allows 17" in said
+
+
+@pytest.mark.parametrize("url", ["psycopg"], indirect=True)
+def test_who_refuses_to_start_is_not_counted(url: str):
+    """It has left by then, and whoever is told to use fewer connections does not find it in his way."""
+    for _ in range(2):
+        with pytest.raises(PoolBudgetError) as caught:
+            start(Database(url), strict=True)
+
+    engine = sa.create_engine(url)
+    with engine.connect() as connection:
+        assert connection.execute(sa.select(sa.func.count()).select_from(WorkerRecord)).scalar() == 0
+    engine.dispose()
+    assert caught.value.processes == 1
 
 
 def enter(url: str, *, host: str, seen_at: datetime) -> None:

@@ -10,8 +10,10 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
+import psycopg
 import pytest
 import sqlalchemy as sa
+from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
 from aftercommit import Database, PoolSettings, TaskRecord
@@ -128,6 +130,16 @@ PLANTED: list[tuple[Callable[[], list[Any]], Level, str, str, str]] = [
         "No live worker runs the pool 'files', and 1 task is queued", "aftercommit worker shop:db --pools files",
     ),
     (
+        lambda: [worker(pools=("default",)), worker(names=("other",), pools=("files",)), task(pool="files")],
+        Level.WARNING, "names",
+        "No live worker that runs the pool 'files' knows the task 'effect', and 1 task is queued",
+        "aftercommit worker shop:db --pools files",
+    ),
+    (
+        lambda: [worker(), task(pool="old")], Level.WRONG, "pools",
+        "No live worker runs the pool 'old', and 1 task is queued", "aftercommit worker shop:db",
+    ),
+    (
         lambda: [worker(pools=("files",))], Level.WARNING, "pools",
         "No live worker runs the pool 'default', and 0 tasks", "--pools default",
     ),
@@ -180,6 +192,7 @@ def test_what_is_planted_is_found(shop: Workshop, planted: tuple[Callable[[], li
     assert found in finding.found
     assert finding.why
     assert remedy in "\n".join(finding.remedy)
+    assert "--pools old" not in "\n".join(finding.remedy)  # there is none, so no worker would start
 
 
 def test_the_last_error_of_a_name_is_shown(shop: Workshop):
@@ -203,6 +216,25 @@ def test_a_silent_worker_with_nothing_in_hand_is_a_note(shop: Workshop):
     findings = [each for each in examine(shop.db, "shop:db", processes=None) if each.level is not Level.OK]
 
     assert [(each.level, each.check) for each in findings] == [(Level.NOTE, "workers")]
+
+
+def test_what_clears_away_by_hand_can_be_typed(database: DatabaseUnderTest):
+    """In the words of the database at hand, and it deletes what is older, and nothing else."""
+    shop = Workshop(database, keep_finished=None)
+    shop.task()(effect)
+    TaskRecord.metadata.create_all(shop.outside)
+    plant(
+        shop,
+        SchemaRecord(id=1, version=1),
+        task(state="succeeded", finished_at=before(91 * 86400)),
+        task(state="succeeded", finished_at=before(89 * 86400)),
+    )
+    (finding,) = [each for each in examine(shop.db, "shop:db", processes=None) if each.check == "records"]
+
+    shop.sql(finding.remedy[0])
+
+    assert len(shop.records()) == 1
+    shop.close()
 
 
 # --- tables -----------------------------------------------------------------------------------------------------
@@ -265,6 +297,85 @@ def test_settings_of_the_server_are_read(
 
     assert finding.level is level
     assert found in finding.found
+
+
+@postgresql
+@pytest.mark.parametrize("whose", ["DATABASE {}", "ROLE postgres IN DATABASE {}"])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        "default_transaction_isolation = 'serializable'",
+        "default_transaction_read_only = on",
+        "synchronous_commit = off",
+    ],
+)
+def test_what_is_to_be_typed_changes_the_setting(shop: Workshop, postgres: PostgresServer, whose: str, setting: str):
+    """Wherever the setting was made, and also where all transactions are read-only."""
+    plant(shop, worker())
+    postgres.execute(f"ALTER {whose} SET {setting}", str(shop.outside.url.database))  # type: ignore[arg-type]
+    (finding,) = [each for each in examine(shop.db, "shop:db", processes=None) if each.level is not Level.OK]
+
+    with psycopg.connect(shop.under_test.sync_url.replace("+psycopg", ""), autocommit=True) as psql:
+        psql.execute(finding.remedy[0].encode())
+
+    assert {each.level for each in examine(shop.db, "shop:db", processes=None)} == {Level.OK}
+
+
+@postgresql
+def test_tables_that_somebody_has_locked_are_not_waited_for(shop: Workshop):
+    """As during a migration: it is said, with what to look at, and the rest is examined all the same."""
+    plant(shop, worker())
+
+    with shop.outside.connect() as holder:
+        holder.exec_driver_sql("BEGIN")
+        holder.exec_driver_sql("LOCK TABLE aftercommit_task IN ACCESS EXCLUSIVE MODE")
+        findings = examine(shop.db, "shop:db", processes=None)
+        (locked,) = [each for each in findings if each.level not in {Level.OK, Level.NOTE}]
+        pids = [row[0] for row in holder.exec_driver_sql(locked.remedy[0]).all()]
+        mine = holder.exec_driver_sql("SELECT pg_backend_pid()").scalar()
+        holder.exec_driver_sql("ROLLBACK")
+
+    assert (locked.check, locked.level) == ("tables", Level.WRONG)
+    assert "locked" in locked.found
+    assert pids == [mine]
+    assert {"server", "connections", "clock"} <= {each.check for each in findings}
+
+
+@postgresql
+@pytest.mark.parametrize(
+    ("granted", "denied"),
+    [
+        ("SELECT ON aftercommit_schema", "aftercommit_task"),
+        ("SELECT ON ALL TABLES IN SCHEMA public", "aftercommit_task"),
+        (
+            "SELECT, INSERT, UPDATE, DELETE ON aftercommit_task, aftercommit_worker, aftercommit_pool",
+            "aftercommit_batch",
+        ),
+    ],
+)
+def test_a_role_that_may_not_use_the_tables_is_told_so(
+    shop: Workshop, postgres: PostgresServer, granted: str, denied: str
+):
+    """The role and the tables are named, and what is to be typed by their owner mends it."""
+    plant(shop, worker())
+    role = f"role_{shop.outside.url.database}"
+    shop.sql(f"CREATE ROLE {role} LOGIN")
+    shop.sql(f"GRANT {granted} TO {role}")
+    theirs = Database(make_url(shop.under_test.url).set(username=role))
+    theirs.task(name="effect")(lambda: None)
+    try:
+        (finding,) = [each for each in examine(theirs, "shop:db", processes=None) if each.level in BAD]
+        for line in finding.remedy:
+            shop.sql(line)
+        after = [each for each in examine(theirs, "shop:db", processes=None) if each.level in BAD]
+    finally:
+        shop.sql(f"DROP OWNED BY {role}")
+        shop.sql(f"DROP ROLE {role}")
+
+    assert (finding.check, finding.level) == ("tables", Level.WRONG)
+    assert repr(role) in finding.found
+    assert denied in finding.found
+    assert after == []
 
 
 @postgresql

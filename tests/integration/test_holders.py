@@ -808,12 +808,13 @@ def application(db: Database) -> FastAPI:
     """An endpoint that needs a connection."""
     app = FastAPI()
     install(app, db, runs=(), create_tables=True)
-
-    @app.get("/")
-    def look(session: SessionDep) -> int:
-        return session.execute(text("SELECT 1")).scalar_one()
-
+    app.get("/")(look)
     return app
+
+
+def look(session: SessionDep) -> int:
+    """What it does."""
+    return session.execute(text("SELECT 1")).scalar_one()
 
 
 @pytest.mark.drivers("psycopg", "pysqlite")
@@ -867,6 +868,26 @@ def test_an_error_that_only_the_last_resort_handles_is_seen_by_the_server(
     assert (answer.status_code, answer.text) == (500, "sorry")
     raised = [record.exc_info[1] for record in caplog.records if record.exc_info]
     assert [type(error) for error in raised] == [sqlalchemy.exc.OperationalError]
+
+
+@pytest.mark.drivers("psycopg", "pysqlite")
+def test_a_mounted_application_answers_503_as_well(database: DatabaseUnderTest) -> None:
+    """Its errors end in itself, and never reach the application that it is mounted in."""
+    db = Database(database.url, pool=PoolSettings(1, 0, pool_timeout=0.05))
+    outer, below, theirs = FastAPI(), FastAPI(), FastAPI()
+    install(outer, db, runs=(), create_tables=True)
+    for app in (below, theirs):
+        app.get("/")(look)
+    theirs.add_exception_handler(PoolExhausted, lambda *_: PlainTextResponse("full", status_code=429))
+    below.mount("/theirs", theirs)
+    outer.mount("/below", below)
+
+    with serve(outer) as url, db.session() as session:
+        session.execute(text("SELECT 1"))
+        ours, other = httpx.get(f"{url}/below/"), httpx.get(f"{url}/below/theirs/")
+
+    assert (ours.status_code, ours.headers.get("Retry-After")) == (503, "1")
+    assert (other.status_code, other.text) == (429, "full")
 
 
 @pytest.mark.drivers("pysqlite")

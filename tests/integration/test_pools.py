@@ -477,6 +477,21 @@ def test_a_connection_that_died_while_idle_is_replaced(database: DatabaseUnderTe
 
 
 @postgres_drivers
+def test_a_connection_that_was_cut_off_a_moment_ago_is_replaced(
+    database: DatabaseUnderTest, monkeypatch: pytest.MonkeyPatch
+):
+    """Before it has sat idle for long, too: the server's goodbye lies there unread, and costs no round trip to see."""
+    monkeypatch.setattr(pools_module, "time", Clock())
+
+    with opened(database) as bench:
+        first = bench.run(backend)
+        terminate_all(database)
+        second = bench.run(backend)
+
+    assert first != second
+
+
+@postgres_drivers
 def test_only_what_sat_idle_is_tried(database: DatabaseUnderTest, monkeypatch: pytest.MonkeyPatch):
     """Under load a checkout costs no round trip; after a second of rest it costs one."""
     clock = Clock()

@@ -9,14 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from aftercommit import Database
-from aftercommit.cli.doctor.examination import _unreachable
 from aftercommit.cli.doctor.findings import Finding, Level, ago
+from aftercommit.cli.doctor.reaching import unreachable
 from aftercommit.cli.doctor.server import Clock, check_clock, check_server
 from aftercommit.cli.doctor.setup import check_packages, file_of, installed, network_file_system
 from aftercommit.cli.doctor.work import Census, check_work
 from aftercommit.pools.budget import Limits
 from aftercommit.pools.urls import flavours
-from aftercommit.records.census import Failures, Kept, Tuples, Worker
+from aftercommit.records.census import Failures, Kept, Queue, Tuples, Worker
 from aftercommit.records.server import Server
 
 SERVER = Server(
@@ -43,6 +43,7 @@ CENSUS = Census(
     keep=7 * 24 * 3600.0,
     names={"quick", "slow"},
     pools={"default"},
+    declared={"request", "default"},
     where="shop:db",
 )
 
@@ -103,6 +104,27 @@ def test_what_is_wrong_with_a_server_is_found(server: Server, level: Level, foun
     assert found in finding.found
     assert finding.why
     assert remedy in "\n".join(finding.remedy)
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("configuration file", 'ALTER DATABASE "my-shop" SET synchronous_commit = on;'),
+        ("database", 'ALTER DATABASE "my-shop" SET synchronous_commit = on;'),
+        ("user", 'ALTER ROLE "user" SET synchronous_commit = on;'),
+        ("database user", 'ALTER ROLE "user" IN DATABASE "my-shop" SET synchronous_commit = on;'),
+        ("client", "Database(…)    # without synchronous_commit in the URL, or in connect_args"),
+    ],
+)
+def test_a_setting_is_changed_where_it_was_made(source: str, line: str):
+    """A role's wins over its database's; names are written as the server reads them."""
+    server = dataclasses.replace(
+        settings(synchronous_commit="off"), database="my-shop", role="user", sources={"synchronous_commit": source}
+    )
+
+    _described, finding = check_server(server, [])
+
+    assert finding.remedy == (line,)
 
 
 def test_a_time_limit_of_a_tasks_own_takes_the_servers_place():
@@ -237,7 +259,37 @@ def test_a_password_in_the_drivers_words_is_left_out():
     """Some drivers repeat what they were given."""
     pools = Database("postgresql://joe:tops3cret@db.example/shop").sessions.pools
 
-    found = _unreachable(pools, OSError("cannot connect with\n  password=tops3cret  host=db.example"))
+    found = unreachable(pools, OSError("cannot connect with\n  password=tops3cret  host=db.example"))
 
     assert "password=*** host=db.example" in found.found
     assert "tops3cret" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("url", "error", "line"),
+    [
+        ("postgresql://joe@db:5433/shop", OSError("refused"), "pg_isready -h db -p 5433 -d shop"),
+        ("postgresql://joe@db/my shop", OSError("refused"), "pg_isready -h db -d 'my shop'"),
+        ("postgresql://joe@/shop?host=/run/pg&port=5433", OSError("refused"), "pg_isready -h /run/pg -p 5433 -d shop"),
+        ("postgresql://joe@/shop?host=a&host=b", OSError("refused"), "pg_isready -h a,b -d shop"),
+        ("postgresql:///shop", OSError("refused"), "pg_isready -d shop"),
+        ("postgresql://joe@db/shop", OSError('FATAL: database "shop" does not exist'), "psql -h db -U joe -d shop"),
+    ],
+)
+def test_what_to_type_goes_the_way_of_the_url(url: str, error: OSError, line: str):
+    """With the host and port that it names, wherever it does; whether the server is there is no news if it refuses."""
+    found = unreachable(Database(url).sessions.pools, error)
+
+    assert found.remedy == (line,)
+
+
+def test_names_are_written_as_the_shell_reads_them():
+    """A task and a pool may be called anything."""
+    worker = dataclasses.replace(CENSUS.workers[0], names=frozenset())
+    queue = Queue(pool="my files", task="send mail", queued=1, due=1, oldest=300.0)
+    census = dataclasses.replace(CENSUS, workers=[worker], queues=[queue], paused=["my files"])
+
+    typed = [line for each in bad(check_work(census)) for line in each.remedy]
+
+    assert "aftercommit pools resume 'my files' --db shop:db" in typed
+    assert "aftercommit tasks cancel --db shop:db --state queued --task 'send mail'" in typed

@@ -6,6 +6,7 @@ import asyncio
 import importlib
 import os
 import sys
+import traceback
 from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
@@ -17,10 +18,11 @@ from aftercommit.errors import AfterCommitError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from types import ModuleType
 
     from sqlalchemy import Connection
 
-__all__ = ["DatabaseOption", "fail", "in_session", "load"]
+__all__ = ["DatabaseOption", "fail", "import_module", "in_session", "load"]
 
 T = TypeVar("T")
 
@@ -53,12 +55,7 @@ def load(target: str | None) -> Database:
     # As `python -m` does: the application lies where the command is typed.
     if os.getcwd() not in sys.path:  # noqa: PTH109  # sys.path holds strings
         sys.path.insert(0, os.getcwd())  # noqa: PTH109
-    try:
-        found: object = importlib.import_module(module)
-    except ModuleNotFoundError as exc:
-        if exc.name is not None and module.startswith(exc.name):
-            raise fail(f"There is no module {exc.name!r} here. Run the command in the application's folder.") from exc
-        raise
+    found: object = import_module(module)
     for part in name.split("."):
         if not hasattr(found, part):
             raise fail(f"The module {module!r} has nothing called {name!r}.")
@@ -66,6 +63,23 @@ def load(target: str | None) -> Database:
     if not isinstance(found, Database):
         raise fail(f"{target!r} is of type {type(found).__name__}, and not a Database.")
     return found
+
+
+def import_module(module: str) -> ModuleType:
+    """Import a module of the application.
+
+    Raises:
+        typer.Exit: If it cannot be imported; the reason has been printed, with the traceback where we have no better.
+    """
+    try:
+        return importlib.import_module(module)
+    except AfterCommitError as exc:
+        raise fail(str(exc)) from exc
+    except Exception as exc:
+        if isinstance(exc, ModuleNotFoundError) and exc.name is not None and f"{module}.".startswith(f"{exc.name}."):
+            raise fail(f"There is no module {exc.name!r} here. Run the command in the application's folder.") from exc
+        traceback.print_exc()
+        raise fail(f"The module {module!r} cannot be imported, and says why above.") from exc
 
 
 def in_session(db: Database, work: Callable[[Session], T]) -> T:

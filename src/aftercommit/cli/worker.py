@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import logging
 import signal
 from functools import partial
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from aftercommit.cli.target import DatabaseOption, fail, load
+from aftercommit.cli.target import DatabaseOption, fail, import_module, load
 from aftercommit.errors import AfterCommitError
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def worker(  # noqa: PLR0917  # options of a command
     logging.basicConfig(level=log_level.upper(), format="%(asctime)s %(levelname)-7s %(name)s: %(message)s")
     database = load(target or db)
     for module in imports or ():
-        importlib.import_module(module)
+        import_module(module)
     chosen = None if pools is None else tuple(name.strip() for name in pools.split(",") if name.strip())
     try:
         with asyncio.Runner() as runner:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import socket
+import sys
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,8 +20,9 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from sqlalchemy import URL, Connection, Engine
+    from sqlalchemy.engine.interfaces import DBAPIConnection
 
-__all__ = ["CONNECT_SECONDS", "cut", "patience", "set_up"]
+__all__ = ["CONNECT_SECONDS", "cut", "has_unread", "patience", "set_up"]
 
 CONNECT_SECONDS: Final = 10
 """Seconds in which a connection must be made, host by host."""
@@ -61,6 +64,34 @@ def set_up(engine: Engine) -> None:
         event.listen(engine, "do_connect", _connect)
         event.listen(engine, "connect", _keep_alive)
         event.listen(engine, "close", _limit_goodbye)
+
+
+def has_unread(connection: DBAPIConnection) -> bool:
+    """Whether a connection that nobody uses has something to read: as a rule, that the server has ended it.
+
+    Asks the operating system, which takes a microsecond, and not the server.
+    """
+    driver: Any = getattr(connection, "driver_connection", connection)
+    try:
+        transport = getattr(driver, "_transport", None)
+        if transport is None:
+            number = driver.pgconn.socket
+        elif driver.is_closed():
+            return True
+        else:
+            number = transport.get_extra_info("socket").fileno()
+        return _is_readable(number)
+    except Exception:  # noqa: BLE001  # it was closed, and each driver has an error of its own for that
+        return True
+
+
+def _is_readable(number: int) -> bool:
+    if sys.platform == "win32":
+        return bool(select.select((number,), (), (), 0)[0])
+    # Which knows no highest number, as select() does.
+    poll = select.poll()
+    poll.register(number, select.POLLIN)
+    return bool(poll.poll(0))
 
 
 def cut(connection: Connection) -> None:

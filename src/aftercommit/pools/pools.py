@@ -251,9 +251,12 @@ def _remember_idle(_connection: Any, record: Any) -> None:
 
 
 def _ping_when_idle(engine: Engine, connection: Any, record: Any, _proxy: Any) -> None:
-    """Try a connection that sat idle; a ping at every checkout would cost a round trip each, on asyncpg two."""
+    """Try a connection that sat idle, or has heard from the server meanwhile.
+
+    A ping at every checkout would cost a round trip each, on asyncpg two.
+    """
     since = record.info.get(_remember_idle)
-    if since is None or time.monotonic() - since < _IDLE_ENOUGH_TO_PING:
+    if since is None or (time.monotonic() - since < _IDLE_ENOUGH_TO_PING and not network.has_unread(connection)):
         return
     dialect = engine.dialect
     try:

@@ -18,7 +18,8 @@ class PoolSettings:
         max_overflow: Connections opened beyond that under load, and closed after use.
         pool_timeout: Seconds to wait for a free connection before ``PoolExhausted``.
         pool_recycle: Seconds after which a connection is replaced at its next use; -1 for never.
-        pool_pre_ping: Whether a connection that sat idle for more than a second is tried before it is handed out.
+        pool_pre_ping: Whether a connection that sat idle for more than a second, or that the server has ended, is tried
+            before it is handed out.
         isolation_level: The level of *task runs* in this pool; None for ``REPEATABLE READ`` on PostgreSQL, and
             ``BEGIN IMMEDIATE`` on SQLite. Sessions that are not a task's keep the server's default.
         concurrency: How many tasks of this kind run at once in this process; None for

@@ -20,6 +20,7 @@ __all__ = [
     "Queue",
     "Tuples",
     "Worker",
+    "denied",
     "failures",
     "held_by_nobody",
     "kept",
@@ -118,6 +119,22 @@ class Tuples:
 
 
 _VERSION = Statement("SELECT MAX(version) FROM aftercommit_schema")
+_UPDATED: Final = "'aftercommit_task', 'aftercommit_worker', 'aftercommit_batch'"
+_WRITTEN: Final = f"{_UPDATED}, 'aftercommit_event', 'aftercommit_pool', 'aftercommit_progress'"
+# Asked for several privileges at once, has_table_privilege says whether there is any of them.
+_DENIED = Statement(
+    "SELECT relname FROM pg_class WHERE pg_table_is_visible(oid) AND ("
+    + " OR ".join(
+        f"(relname IN ({tables}) AND NOT has_table_privilege(oid, '{privilege}'))"
+        for privilege, tables in (
+            ("SELECT", f"{_WRITTEN}, 'aftercommit_schema'"),
+            ("INSERT", _WRITTEN),
+            ("DELETE", _WRITTEN),
+            ("UPDATE", _UPDATED),
+        )
+    )
+    + ") ORDER BY relname"
+)
 _LIVE = Statement(
     "SELECT host, pid FROM aftercommit_worker WHERE seen_at >= clock_timestamp() - :silent * interval '1 second'"
 )
@@ -163,6 +180,11 @@ def version(connection: Connection) -> int | None:
     """Return which release's tables these are."""
     found = _VERSION.execute(connection, {}).scalar()
     return None if found is None else int(found)
+
+
+def denied(connection: Connection) -> list[str]:
+    """Return the tables of ours on which we lack a privilege that requests or tasks need; PostgreSQL."""
+    return [str(name) for name in _DENIED.execute(connection, {}).scalars()]
 
 
 def live(connection: Connection, *, silent_after: float) -> list[tuple[str, int]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from aftercommit.pools.budget import Limits
@@ -36,7 +36,7 @@ _LOOK = Statement(
 )
 # In milliseconds, whatever unit they were written in: pg_settings has them so.
 _OF_SETTINGS = Statement(
-    "SELECT name, setting FROM pg_settings WHERE name IN (" + ", ".join(f"'{name}'" for name in _SETTINGS) + ")"
+    "SELECT name, setting, source FROM pg_settings WHERE name IN (" + ", ".join(f"'{name}'" for name in _SETTINGS) + ")"
 )
 _CLOCK = Statement("SELECT EXTRACT(EPOCH FROM clock_timestamp())")
 
@@ -54,6 +54,7 @@ class Server:
         oldest_transaction: Seconds since the oldest transaction in this database began, as far as we may see it.
         settings: By name, as ``pg_settings`` has them: times in milliseconds.
         limits: How many connections it allows.
+        sources: By name, where a setting comes from, in the words of ``pg_settings``: ``"user"`` for the role.
     """
 
     version: str
@@ -64,6 +65,7 @@ class Server:
     oldest_transaction: float
     settings: dict[str, str]
     limits: Limits
+    sources: dict[str, str] = field(default_factory=dict)
 
 
 def limits(connection: Connection) -> Limits:
@@ -81,6 +83,7 @@ def limits(connection: Connection) -> Limits:
 def look(connection: Connection) -> Server:
     """Ask the server for all of it."""
     row = _LOOK.execute(connection, {}).one()
+    found = _OF_SETTINGS.execute(connection, {}).all()
     return Server(
         version=str(row[0]).partition(" ")[0],
         number=row[1],
@@ -88,8 +91,9 @@ def look(connection: Connection) -> Server:
         database=row[3],
         is_replica=row[4],
         oldest_transaction=float(row[5] or 0.0),
-        settings={row[0]: row[1] for row in _OF_SETTINGS.execute(connection, {})},
+        settings={name: setting for name, setting, _ in found},
         limits=limits(connection),
+        sources={name: source for name, _, source in found},
     )
 
 

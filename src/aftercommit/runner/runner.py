@@ -29,7 +29,7 @@ from aftercommit.runner.shells import run_async, run_sync
 from aftercommit.tasks.transient import Fault, fault_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Mapping, Sequence
 
     from sqlalchemy import URL, Connection
 
@@ -97,17 +97,27 @@ class Runner:
 
     # --- its life -----------------------------------------------------------------------------------------------
 
-    async def start(self, *, durable: bool) -> None:
+    async def start(self, *, durable: bool, check: Callable[[], Awaitable[None]]) -> None:
         """Start, in the running event loop.
 
         Args:
             durable: Whether there are tables to look into; without, only tasks in memory are run.
+            check: Called when this process can be counted, before it takes any work; what it raises keeps it from
+                starting.
         """
         self.loop = asyncio.get_running_loop()
         self.loop_thread = threading.get_ident()
         self.books.start()
         if durable:
             await self.books.async_call(self.rounds.register)
+        # Entered first: of processes that start together none would see another, and each would be content.
+        try:
+            await check()
+        except BaseException:
+            if durable:
+                await self._sign_off()
+            raise
+        if durable:
             self.is_durable = True
             for lane in self.lanes.values():
                 # Something may wait from before: until we have looked, it came first.

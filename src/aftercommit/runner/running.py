@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from aftercommit.errors import ConfigurationError
@@ -100,8 +101,11 @@ class Running:
         if outbox.started is not None:
             # Replaced by a test.
             return
-        await check_budget(self._home, self.pools, has_tables=durable, processes=self._processes, strict=self._strict)
+        check = partial(
+            check_budget, self._home, self.pools, has_tables=durable, processes=self._processes, strict=self._strict
+        )
         if not self.pools:
+            await check()
             self._hand_over_only(durable=durable)
             self._watch()
             return
@@ -112,7 +116,7 @@ class Running:
             )
         runner = self._home.new_runner(self.pools)
         try:
-            await runner.start(durable=durable)
+            await runner.start(durable=durable, check=check)
         except BaseException:
             await asyncio.to_thread(runner.books.stop, 5.0)
             raise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import textwrap
 from typing import TYPE_CHECKING, Annotated, Final
@@ -14,7 +13,7 @@ from rich.text import Text
 
 from aftercommit.cli.doctor.examination import examine
 from aftercommit.cli.doctor.findings import Finding, Level
-from aftercommit.cli.target import DatabaseOption, fail, load
+from aftercommit.cli.target import DatabaseOption, fail, import_module, load
 from aftercommit.errors import AfterCommitError
 
 if TYPE_CHECKING:
@@ -47,7 +46,7 @@ def doctor(  # noqa: PLR0917  # options of a command
     try:
         database = load(where)
         for module in imports or ():
-            importlib.import_module(module)
+            import_module(module)
         findings = examine(database, str(where), processes=processes)
     except AfterCommitError as exc:
         raise fail(str(exc)) from exc

@@ -7,9 +7,10 @@ import sqlite3
 import time
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from aftercommit.cli.doctor.findings import Finding, Level
+from aftercommit.cli.doctor.findings import Finding, Level, identifier, word
+from aftercommit.cli.doctor.reaching import configuration, no_url, unreachable, who_has_open
 from aftercommit.cli.doctor.server import Clock, check_budget, check_clock, check_server
 from aftercommit.cli.doctor.setup import (
     check_drivers,
@@ -23,12 +24,11 @@ from aftercommit.cli.doctor.work import WITHIN, Census, check_work
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools.budget import Budget
 from aftercommit.pools.pools import REQUEST
-from aftercommit.pools.urls import render
 from aftercommit.records import census, schema, server
 from aftercommit.runner.budgeting import expected_processes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from sqlalchemy import Connection
 
@@ -45,6 +45,13 @@ _PATIENCE: Final = {"psycopg": "connect_timeout", "asyncpg": "timeout", "pysqlit
 
 _SECONDS: Final = {"psycopg": 5, "asyncpg": 5.0, "pysqlite": 1.0, "aiosqlite": 1.0}
 _LOOKS: Final = 3
+_LOCK_SECONDS: Final = 3
+_LOCKED: Final = "55P03"
+_WHO_LOCKS: Final = (
+    "SELECT DISTINCT pid, application_name, state, xact_start, query FROM pg_locks JOIN pg_stat_activity USING (pid) "
+    "WHERE starts_with(relation::regclass::text, 'aftercommit') AND mode = 'AccessExclusiveLock' AND granted;"
+)
+_NOT_ALLOWED: Final = "42501"
 
 
 def examine(db: Database, where: str, *, processes: int | None) -> list[Finding]:
@@ -59,9 +66,9 @@ def examine(db: Database, where: str, *, processes: int | None) -> list[Finding]
     try:
         pools = _impatient(db)
     except ConfigurationError as exc:
-        return [*findings, _configuration(exc)]
+        return [*findings, configuration(exc)]
     except Exception as exc:  # noqa: BLE001  # the application's own function
-        return [*findings, _no_url(exc)]
+        return [*findings, no_url(exc)]
     tasks = sorted(set(db.tasks.values()), key=lambda task: task.name)
     findings += check_drivers(pools.flavours, tasks)
     if pools.is_sqlite:
@@ -70,31 +77,48 @@ def examine(db: Database, where: str, *, processes: int | None) -> list[Finding]
             # Connecting would make the file, or fail with less of a reason.
             return findings
     try:
-        findings += _ask(pools, lambda connection: _look(connection, db, where, tasks, processes))
+        _ask(pools, lambda connection: findings.extend(_look(connection, db, where, tasks, processes)))
     except ConfigurationError:
         pass  # a driver that is not installed, which has been said
     except (SQLAlchemyError, OSError, TimeoutError) as exc:
-        findings.append(_unreachable(pools, exc))
+        findings.append(unreachable(pools, exc))
     return findings
 
 
 def _look(
     connection: Connection, db: Database, where: str, tasks: Sequence[Task[Any, Any]], processes: int | None
-) -> list[Finding]:
-    is_sqlite = connection.dialect.name == "sqlite"
+) -> Iterator[Finding]:
     durable = [task for task in tasks if task.settings.durable]
-    findings = _check_sqlite(connection) if is_sqlite else check_server(server.look(connection), durable)
-    clocks = [] if is_sqlite else [check_clock([_clock(connection) for _ in range(_LOOKS)])]
-    tables, is_ready = _check_tables(connection, where, has_durable=bool(durable), is_sqlite=is_sqlite)
-    found = _take_census(connection, db, where, durable) if is_ready else None
-    if not is_sqlite:
-        live = 0 if found is None else len(found.live)
-        findings.append(_budget(connection, db, processes, live))
-    return [*findings, *clocks, tables, *([] if found is None else check_work(found))]
+    if connection.dialect.name == "sqlite":
+        yield from _check_sqlite(connection)
+        tables, found = _look_at_tables(connection, db, where, durable)
+    else:
+        # As long as this transaction lasts: whoever asks the doctor may do so because somebody has locked the tables.
+        connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'")
+        yield from check_server(server.look(connection), durable)
+        clock = check_clock([_clock(connection) for _ in range(_LOOKS)])
+        try:
+            with connection.begin_nested():
+                tables, found = _look_at_tables(connection, db, where, durable)
+        except DBAPIError as exc:
+            tables, found = _refused(connection, exc, has_durable=bool(durable)), None
+        yield _budget(connection, db, processes, 0 if found is None else len(found.live))
+        yield clock
+    yield tables
+    if found is not None:
+        yield from check_work(found)
+
+
+def _look_at_tables(
+    connection: Connection, db: Database, where: str, durable: Sequence[Task[Any, Any]]
+) -> tuple[Finding, Census | None]:
+    finding, is_ready = _check_tables(connection, where, has_durable=bool(durable))
+    return finding, _take_census(connection, db, where, durable) if is_ready else None
 
 
 def _check_sqlite(connection: Connection) -> list[Finding]:
     findings = []
+    path = word(file_of(connection.engine.url))
     mode = connection.exec_driver_sql("PRAGMA journal_mode").scalar()
     if mode != "wal":
         findings.append(
@@ -104,9 +128,7 @@ def _check_sqlite(connection: Connection) -> list[Finding]:
                 found=f"The file's journal mode is {mode!r}, and not 'wal'",
                 why="Whoever writes then waits for everybody who reads. Each connection asks for WAL; somebody had the "
                 "file locked, or it cannot be written.",
-                remedy=(
-                    f"sqlite3 {connection.engine.url.database} 'PRAGMA journal_mode=WAL'    # while nobody uses it",
-                ),
+                remedy=(f"sqlite3 {path} 'PRAGMA journal_mode=WAL'    # while nobody uses it",),
             )
         )
     try:
@@ -122,9 +144,7 @@ def _check_sqlite(connection: Connection) -> list[Finding]:
                 why="Somebody has held the only write lock for longer than a second: everybody else who writes waits."
                 if is_busy
                 else "Neither requests nor tasks can commit.",
-                remedy=(f"lsof {connection.engine.url.database}    # who has it open",)
-                if is_busy
-                else (f"ls -l {connection.engine.url.database}*",),
+                remedy=(who_has_open(connection.engine.url) if is_busy else f"ls -l {path}*",),
             )
         )
     version = connection.exec_driver_sql("SELECT sqlite_version()").scalar()
@@ -150,9 +170,13 @@ def _try_to_write(connection: Connection) -> None:
         cursor.close()
 
 
-def _check_tables(connection: Connection, where: str, *, has_durable: bool, is_sqlite: bool) -> tuple[Finding, bool]:
+def _check_tables(connection: Connection, where: str, *, has_durable: bool) -> tuple[Finding, bool]:
     """Look whether our tables fit; also return whether they can be read."""
+    is_sqlite = connection.dialect.name == "sqlite"
     problem = schema.schema_problem(connection)
+    denied = [] if problem is not None or is_sqlite else census.denied(connection)
+    if denied:
+        return _denied(connection, denied, has_durable=has_durable), False
     if problem is None:
         version = census.version(connection) or 0
         is_newer = version > schema.SCHEMA_VERSION
@@ -165,14 +189,57 @@ def _check_tables(connection: Connection, where: str, *, has_durable: bool, is_s
             if is_newer
             else "",
         ), True
-    level = Level.WRONG
-    why = "Durable tasks are rows in them: the first one that is asked for fails, and its transaction with it."
-    if not has_durable:
-        level, why = Level.NOTE, "Nothing here declares a durable task, so nobody misses them yet."
-    elif is_sqlite and "missing" in problem:
+    level, why = _missed(has_durable=has_durable)
+    if has_durable and is_sqlite and "missing" in problem:
         level, why = Level.WARNING, f"{why} On SQLite install(app, db) and db.running() make them at start-up."
     remedy = (f"aftercommit schema {where} --apply",)
     return Finding(check="tables", level=level, found=problem, why=why, remedy=remedy), False
+
+
+def _missed(*, has_durable: bool) -> tuple[Level, str]:
+    """How bad it is that our tables cannot be used."""
+    if not has_durable:
+        return Level.NOTE, "Nothing here declares a durable task, so nobody misses them yet."
+    return (
+        Level.WRONG,
+        "Durable tasks are rows in them: the first one that is asked for fails, and its transaction with it.",
+    )
+
+
+def _refused(connection: Connection, error: DBAPIError, *, has_durable: bool) -> Finding:
+    """Say why our tables cannot be looked at.
+
+    Raises:
+        DBAPIError: *error*, if it is none of those that are known.
+    """
+    code = getattr(error.orig, "sqlstate", None)
+    if code == _NOT_ALLOWED and (denied := census.denied(connection)):
+        return _denied(connection, denied, has_durable=has_durable)
+    if code != _LOCKED:
+        raise error
+    level, _ = _missed(has_durable=has_durable)
+    return Finding(
+        check="tables",
+        level=level,
+        found=f"Somebody has locked them, for longer than {_LOCK_SECONDS} s",
+        why="As a migration does, or a transaction that was left open: whoever hands over or runs tasks waits for it.",
+        remedy=(
+            _WHO_LOCKS,
+            "SELECT pg_terminate_backend(…its pid…);",
+        ),
+    )
+
+
+def _denied(connection: Connection, tables: Sequence[str], *, has_durable: bool) -> Finding:
+    role = str(connection.exec_driver_sql("SELECT current_user").scalar())
+    level, why = _missed(has_durable=has_durable)
+    return Finding(
+        check="tables",
+        level=level,
+        found=f"The role {role!r} may not read and write {', '.join(tables)}",
+        why=why,
+        remedy=(f"GRANT SELECT, INSERT, UPDATE, DELETE ON {', '.join(tables)} TO {identifier(role)};",),
+    )
 
 
 def _take_census(connection: Connection, db: Database, where: str, durable: Sequence[Task[Any, Any]]) -> Census:
@@ -188,17 +255,21 @@ def _take_census(connection: Connection, db: Database, where: str, durable: Sequ
         keep=db.pace.keep,
         names={name for name, task in db.tasks.items() if task.settings.durable},
         pools={task.settings.pool for task in durable},
+        declared=db.pool_settings,
         where=where,
     )
 
 
 def _budget(connection: Connection, db: Database, processes: int | None, live: int) -> Finding:
+    expected = expected_processes()
     if processes is not None:
         counted, source = processes, "by --processes"
+    elif expected > max(1, live):
+        counted, source = expected, "by WEB_CONCURRENCY"
+    elif live:
+        counted, source = live, "those that are alive; say --processes if there are more"
     else:
-        counted, source = max(live, expected_processes()), "those that are alive; say --processes if there are more"
-        if counted > live:
-            source = "none is alive; say --processes for how many there will be" if not live else "by WEB_CONCURRENCY"
+        counted, source = 1, "none is alive; say --processes for how many there will be"
     # As if each ran all pools: this one may be started with other pools than the others.
     every = [name for name in db.pool_settings if name != REQUEST]
     budget = Budget(shares=db.shares(every), processes=counted, limits=server.limits(connection))
@@ -248,34 +319,3 @@ def _ask(pools: Pools, work: Callable[[Connection], T]) -> T:
             return work(connection)
     finally:
         pool.dispose()
-
-
-def _configuration(error: ConfigurationError) -> Finding:
-    return Finding(check="url", level=Level.WRONG, found=str(error), why="Nothing can be connected to.")
-
-
-def _no_url(error: Exception) -> Finding:
-    return Finding(
-        check="url",
-        level=Level.WRONG,
-        found=f"The function that gives the URL raised {type(error).__name__}",
-        why="Nothing can be connected to. Does it read a variable that is not set here?",
-        remedy=("env | cut -d= -f1    # the names of those that are set",),
-    )
-
-
-def _unreachable(pools: Pools, error: BaseException) -> Finding:
-    url = pools.flavours.given
-    said = " ".join(str(getattr(error, "orig", None) or error).split()) or type(error).__name__
-    if url.password:
-        said = said.replace(str(url.password), "***")
-    remedy = f"pg_isready -h {url.host or 'localhost'} -p {url.port or 5432} -d {url.database or ''}"
-    if pools.is_sqlite:
-        remedy = f"ls -l {url.database}*"
-    return Finding(
-        check="database",
-        level=Level.WRONG,
-        found=f"{render(url)} cannot be asked: {said}",
-        why="Neither requests nor tasks can work without it.",
-        remedy=(remedy,),
-    )

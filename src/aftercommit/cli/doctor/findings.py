@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import enum
+import shlex
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["Finding", "Level", "ago"]
+from sqlalchemy.dialects import postgresql
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+__all__ = ["Finding", "Level", "ago", "identifier", "word"]
 
 
 class Level(enum.Enum):
@@ -49,3 +56,14 @@ def ago(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{seconds / size:.0f} {unit}"
     return f"{seconds:.0f} s"
+
+
+def word(text: str | Path) -> str:
+    """*text* as one word of a line for the shell."""
+    return shlex.quote(str(text))
+
+
+def identifier(name: str) -> str:
+    """*name* as PostgreSQL reads it: in quotes where it needs them."""
+    dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's own
+    return dialect.identifier_preparer.quote(name)

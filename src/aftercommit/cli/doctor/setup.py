@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from aftercommit.cli.doctor.findings import Finding, Level
+from aftercommit.cli.doctor.findings import Finding, Level, word
 from aftercommit.errors import ConfigurationError
 
 if TYPE_CHECKING:
@@ -89,26 +89,39 @@ def check_packages(packages: Mapping[str, tuple[str | None, str]]) -> list[Findi
 
 def check_drivers(flavours: Flavours, tasks: Iterable[Task[Any, Any]]) -> list[Finding]:
     """Find out whether the drivers are installed for what the URL serves and the tasks take."""
-    used: set[Flavour] = {"async" if task.is_async else "sync" for task in tasks if task.takes is not None}
-    findings = []
-    for flavour, url in (("sync", flavours.sync), ("async", flavours.asynchronous)):
+    takers: dict[Flavour, set[str]] = {"sync": set(), "async": set()}
+    for task in tasks:
+        if task.takes is not None:
+            takers["async" if task.is_async else "sync"].add(task.name)
+    missing: dict[Flavour, ConfigurationError] = {}
+    for flavour in takers:
         try:
-            flavours.url(flavour)  # type: ignore[arg-type]  # one of the two
+            flavours.url(flavour)
         except ConfigurationError as exc:
-            is_needed = flavour in used or (flavours.sync is None or flavours.asynchronous is None)
-            if url is None and flavour not in used:
-                continue  # the URL was chosen for the other one
-            names = ", ".join(sorted({task.name for task in tasks if task.is_async == (flavour == "async")}))
-            findings.append(
-                Finding(
-                    check="drivers",
-                    level=Level.WRONG if is_needed else Level.NOTE,
-                    found=_without_code(exc),
-                    why=f"Tasks need it: {names}." if flavour in used else "Nothing here has asked for it so far.",
-                    remedy=tuple(re.findall(r"pip install '[^']+'", str(exc))),
-                )
-            )
-    return findings or [Finding(check="drivers", level=Level.OK, found="The drivers for the URL are installed")]
+            missing[flavour] = exc
+    findings: dict[str, Finding] = {}
+    for flavour, error in missing.items():
+        url = flavours.sync if flavour == "sync" else flavours.asynchronous
+        # A driver that serves both is missing twice, and is said once; both flavours' tasks need it.
+        names = {name for each, other in missing.items() if str(other) == str(error) for name in takers[each]}
+        if url is None and not names:
+            continue  # the URL was chosen for the other one
+        if names:
+            why = f"Tasks need it: {', '.join(sorted(names))}."
+        elif len(missing) == len(takers):
+            why = "Nothing can be connected to without it."
+        else:
+            why = "Nothing here has asked for it so far."
+        findings[str(error)] = Finding(
+            check="drivers",
+            level=Level.WRONG if names or len(missing) == len(takers) else Level.NOTE,
+            found=_without_code(error),
+            why=why,
+            remedy=tuple(re.findall(r"pip install '[^']+'", str(error))),
+        )
+    return list(findings.values()) or [
+        Finding(check="drivers", level=Level.OK, found="The drivers for the URL are installed")
+    ]
 
 
 def check_environment() -> list[Finding]:
@@ -143,7 +156,9 @@ def check_file(path: Path, where: str) -> list[Finding]:
     folder = path.parent
     if not folder.is_dir():
         return [
-            _file_is_wrong(f"The folder {folder} does not exist", "No file can be made in it.", f"mkdir -p {folder}")
+            _file_is_wrong(
+                f"The folder {folder} does not exist", "No file can be made in it.", f"mkdir -p {word(folder)}"
+            )
         ]
     if not os.access(folder, os.W_OK | os.X_OK):
         why = "SQLite keeps its log and its lock beside the file, so without writing there nothing can be committed."
@@ -202,7 +217,7 @@ def _file_is_wrong(found: str, why: str, *remedy: str) -> Finding:
 
 def _permit(path: Path) -> str:
     is_ours = path.stat().st_uid == os.getuid()
-    return f"chmod u+w {path}" if is_ours else f"chown {_user()} {path}"
+    return f"chmod u+w {word(path)}" if is_ours else f"chown {_user()} {word(path)}"
 
 
 def _user() -> str:

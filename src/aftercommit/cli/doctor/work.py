@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from aftercommit.cli.doctor.findings import Finding, Level, ago
+from aftercommit.cli.doctor.findings import Finding, Level, ago, word
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -20,6 +20,8 @@ WITHIN: Final = 24 * 3600.0
 _LATE: Final = 60.0
 _SLACK: Final = 3600.0
 _SHOWN: Final = 5
+_CLEAR: Final = "DELETE FROM aftercommit_task WHERE finished_at < now() - interval '90 days';"
+_CLEAR_SQLITE: Final = "DELETE FROM aftercommit_task WHERE finished_at < datetime('now', '-90 days');"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,7 @@ class Census:
         keep: Seconds for which records are kept, or None for ever.
         names: The tasks that the code at hand knows.
         pools: The pools that have tasks in the code at hand.
+        declared: The pools that the code at hand has, with and without tasks.
         where: The ``Database``, as ``module:name``.
     """
 
@@ -52,6 +55,7 @@ class Census:
     keep: float | None
     names: Collection[str]
     pools: Collection[str]
+    declared: Collection[str]
     where: str
 
     @property
@@ -154,7 +158,7 @@ def _paused(census: Census) -> Iterable[Finding]:
             level=Level.WARNING,
             found=f"The pool {pool!r} is paused, and {_tasks(waiting)} queued in it",
             why="Nobody starts tasks in it, in any process, until it is resumed.",
-            remedy=(f"aftercommit pools resume {pool} --db {census.where}",),
+            remedy=(f"aftercommit pools resume {word(pool)} --db {census.where}",),
         )
 
 
@@ -171,9 +175,16 @@ def _nobody_runs(census: Census) -> Iterable[Finding]:
             check="pools",
             level=Level.WRONG if due else Level.WARNING,
             found=f"No live worker runs the pool {pool!r}, and {_tasks(number)} queued in it{oldest}",
-            why="They wait until a process runs it. Look at runs=, AFTERCOMMIT_RUNS and --pools of the others.",
-            remedy=(f"aftercommit worker {census.where} --pools {pool}",),
+            why="They wait until a process runs it. Look at runs=, AFTERCOMMIT_RUNS and --pools of the others."
+            if pool in census.declared
+            else "The code at hand has no such pool. Workers of it take what they know into the pools that they have.",
+            remedy=(_start(census, pool),),
         )
+
+
+def _start(census: Census, pool: str) -> str:
+    """Return the line that starts a worker of the code at hand for a pool, if there is one."""
+    return f"aftercommit worker {census.where}" + (f" --pools {word(pool)}" if pool in census.declared else "")
 
 
 def _unknown(census: Census) -> Iterable[Finding]:
@@ -197,9 +208,21 @@ def _unknown(census: Census) -> Iterable[Finding]:
             if is_here
             else (
                 f"@db.task(aliases=({name!r},))    # on the task that took its place",
-                f"aftercommit tasks cancel --db {census.where} --state queued --task {name}",
+                f"aftercommit tasks cancel --db {census.where} --state queued --task {word(name)}",
             ),
         )
+    for queue in census.queues:
+        runners = [worker for worker in census.live if queue.pool in worker.pools]
+        if queue.task in known and runners and not any(queue.task in worker.names for worker in runners):
+            yield Finding(
+                check="names",
+                level=Level.WARNING,
+                found=f"No live worker that runs the pool {queue.pool!r} knows the task {queue.task!r}, and "
+                f"{_tasks(queue.queued)} queued"
+                + (f", the oldest due for {ago(queue.oldest)}" if queue.oldest else ""),
+                why="Those that know it run other pools, as where two releases share the tables.",
+                remedy=(_start(census, queue.pool),),
+            )
 
 
 def _late(census: Census) -> Iterable[Finding]:
@@ -224,8 +247,8 @@ def _late(census: Census) -> Iterable[Finding]:
             found=found,
             why="A live worker runs this pool and knows the name: all places are taken, or it does not keep up.",
             remedy=(
-                f"aftercommit tasks list --db {census.where} --pool {pool} --state running",
-                f"aftercommit worker {census.where} --pools {pool}    # one more",
+                f"aftercommit tasks list --db {census.where} --pool {word(pool)} --state running",
+                f"aftercommit worker {census.where} --pools {word(pool)}    # one more",
             ),
         )
 
@@ -241,8 +264,8 @@ def _failed(census: Census) -> Iterable[Finding]:
             found=f"{each.failed} × {each.task!r} failed for good in the last 24 hours",
             why=f"The last one says: {each.error}" if each.error else "",
             remedy=(
-                f"aftercommit tasks list --db {census.where} --state failed --task {each.task}",
-                f"aftercommit tasks retry --db {census.where} --state failed --task {each.task}",
+                f"aftercommit tasks list --db {census.where} --state failed --task {word(each.task)}",
+                f"aftercommit tasks retry --db {census.where} --state failed --task {word(each.task)}",
             ),
         )
     if len(census.failures) > _SHOWN:
@@ -272,7 +295,7 @@ def _records(census: Census) -> Iterable[Finding]:
             level=Level.NOTE,
             found=f"{found}, and keep_finished is None",
             why="Nobody clears them away but you.",
-            remedy=("DELETE FROM aftercommit_task WHERE finished_at < now() - interval '90 days';",),
+            remedy=(_CLEAR_SQLITE if census.tuples is None else _CLEAR,),
         )
     else:
         yield Finding(check="records", level=Level.OK, found=found)
