@@ -343,6 +343,26 @@ def test_a_lock_is_reported_also_of_whoever_was_reported_before(
 
 
 @pytest.mark.drivers("pysqlite")
+def test_a_lock_that_was_young_when_its_holder_was_reported_is_told_later(
+    database: DatabaseUnderTest, told: Told, clock: Clock
+) -> None:
+    """The first report of a holder that has just taken the lock says nothing of the lock."""
+    db = Database(database.url)
+
+    with db.session() as session:
+        session.execute(text("SELECT 1"))
+        clock.now += 10.5
+        session.execute(text("CREATE TABLE held (id INTEGER)"))
+        clock.now += 0.5
+        first = report(db, told)
+        clock.now += 0.6
+        second = report(db, told)
+
+    assert (first.locked, second.locked) == (False, True)
+    db.dispose()
+
+
+@pytest.mark.drivers("pysqlite")
 def test_a_lock_is_as_old_as_its_holder_at_the_most(database: DatabaseUnderTest, told: Told, clock: Clock) -> None:
     """What an earlier holder of the connection did is not held against the next, who begins by hand."""
     db = Database(database.url, pool=PoolSettings(1, 0, warn_after=60.0))

@@ -132,7 +132,8 @@ class Register:
             if (hold.reported or now - hold.since <= limit) and (not locked or hold.told_lock == lock):
                 continue
             hold.reported = True
-            hold.told_lock = lock
+            if locked:
+                hold.told_lock = lock
             signals.emit(
                 signals.ConnectionHeld(
                     pool=self.pool, owner=hold.holder, seconds=now - hold.since, idle=hold.idle(now), locked=locked,

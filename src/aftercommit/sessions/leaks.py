@@ -1,7 +1,7 @@
 """Sessions that are dropped without being ended: reported with their line, and their connection given back.
 
-A leash is a weak reference to the session, with what there is to say of it. The session's end takes it off; if the
-session is collected first, it is called, and reports.
+A leash is what there is to say of a session that is open. Its end takes it off; if the session is collected first, a
+weak reference to it notices, and reports.
 
 The connection of a ``Session`` is rolled back and given back by SQLAlchemy as it is collected. That of an
 ``AsyncSession`` it cannot roll back there, where nothing can be awaited: it warns, and cuts the connection off. So
