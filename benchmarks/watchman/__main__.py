@@ -15,7 +15,7 @@ from sqlalchemy import create_engine, insert
 
 from benchmarks.overhead.__main__ import database
 from benchmarks.overhead.job import Job
-from benchmarks.watchman.child import LISTED, WORK
+from benchmarks.watchman.child import LISTED, REQUEST, WORK
 from tests.support.databases import DRIVERS, DatabaseUnderTest
 from tests.support.postgres import PostgresServer
 
@@ -53,7 +53,7 @@ def main() -> None:
         table.add_column(heading, justify="right")
     with PostgresServer(safe=True) as postgres, console.status("") as status:
         for driver in options.drivers:
-            for work in WORK:
+            for work in (*WORK, REQUEST):
                 status.update(f"{driver}: {work}")
                 with database(driver, postgres) as target:
                     found = measure(target, work, rounds=options.rounds, stretches=options.stretches)

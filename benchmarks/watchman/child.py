@@ -3,17 +3,22 @@
 import asyncio
 import json
 import sys
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from time import perf_counter, process_time
 from typing import Any, Final
 from unittest.mock import patch
 
+import httpx
+from fastapi import FastAPI
 from sqlalchemy import AsyncAdaptedQueuePool, QueuePool, select
 from sqlalchemy.orm import Session
 
 from aftercommit import Database
+from aftercommit.fastapi import AsyncSessionDep, SessionDep, install
+from aftercommit.sessions.ended import end_for_good
 from aftercommit.sessions.leaks import LEASH
+from aftercommit.sessions.sharing import guard_session
 from benchmarks.overhead.job import Job
 
 STRETCH: Final = 10
@@ -46,6 +51,10 @@ WORK: Final[dict[str, Callable[[Session], None]]] = {
     "loads a row and changes it": change,
     "loads, lists, changes and adds": serve,
 }
+
+
+REQUEST: Final = "loads a row in a request"
+"""Measured in an application, from where the request gets its session to where that ends."""
 
 
 class NoLeash:
@@ -105,12 +114,60 @@ async def async_measure(db: Database, work: Callable[[Session], None], stretches
     return found[WARM_UP:]
 
 
+async def measure_requests(db: Database, stretches: int, *, asynchronous: bool) -> list[tuple[float, float]]:
+    """Return CPU seconds of each stretch of requests, and how long their sessions lived."""
+    app = FastAPI()
+    install(app, db, runs=())
+
+    async def read_async(session: AsyncSessionDep) -> int:
+        return (await session.get_one(Job, 1)).id
+
+    def read(session: SessionDep) -> int:
+        return session.get_one(Job, 1).id
+
+    app.get("/")(read_async if asynchronous else read)
+    found = []
+    transport = httpx.ASGITransport(app)
+    async with app.router.lifespan_context(app), httpx.AsyncClient(transport=transport, base_url="http://x") as client:
+        with timed() as lives:
+            for _ in range(WARM_UP + stretches):
+                lives.clear()
+                computed = process_time()
+                for _ in range(STRETCH):
+                    (await client.get("/")).raise_for_status()
+                found.append((process_time() - computed, sum(lives)))
+    return found[WARM_UP:]
+
+
+@contextmanager
+def timed() -> Iterator[list[float]]:
+    """Take the time from where a session is opened to where it has ended."""
+    opened: dict[int, float] = {}
+    lives: list[float] = []
+
+    def open_one(session: Any, *rest: Any) -> Any:
+        opened[id(session)] = perf_counter()
+        return guard_session(session, *rest)
+
+    def end_one(session: Any, owner: Any) -> None:
+        end_for_good(session, owner)
+        lives.append(perf_counter() - opened.pop(id(session)))
+
+    with (
+        patch("aftercommit.sessions.scopes.guard_session", open_one),
+        patch("aftercommit.sessions.scopes.end_for_good", end_one),
+    ):
+        yield lives
+
+
 def main(side: str, work: str, stretches: str, url: str) -> None:
     """Measure one side, and print what a session cost where little disturbed it, in µs: CPU, and elapsed."""
     with ExitStack() as stack:
         db = taken_out(stack) if side == "without" else Database(url)
         found: Any
-        if is_async(url):
+        if work == REQUEST:
+            found = asyncio.run(measure_requests(db, int(stretches), asynchronous=is_async(url)))
+        elif is_async(url):
             found = asyncio.run(async_measure(db, WORK[work], int(stretches)))
         else:
             found = measure(db, WORK[work], int(stretches))

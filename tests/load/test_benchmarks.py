@@ -5,7 +5,7 @@ import pytest
 from benchmarks.bulkhead.__main__ import SIDES, run
 from benchmarks.overhead.__main__ import prepared
 from benchmarks.watchman.__main__ import measure
-from benchmarks.watchman.child import WORK
+from benchmarks.watchman.child import REQUEST, WORK
 from tests.support.databases import DatabaseUnderTest
 
 
@@ -19,7 +19,7 @@ def test_a_round_measures_requests_beside_tasks(database: DatabaseUnderTest, sid
     assert (result.failed, result.holding >= 5) == (0, True)
 
 
-@pytest.mark.parametrize("work", WORK)
+@pytest.mark.parametrize("work", [*WORK, REQUEST])
 def test_the_watch_is_measured(database: DatabaseUnderTest, work: str) -> None:
     """On every driver, for each kind of session, there is its life, and what the watch adds to it."""
     found = measure(prepared(database), work, rounds=1, stretches=1)
