@@ -21,14 +21,14 @@ KINDS = [each for each in vars(signals).values() if inspect.isclass(each) and is
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_every_payload_is_frozen_and_says_what_it_carries(kind: type[signals.Signal]):
     """No subscriber can change what the next one gets; each class has a docstring with a line for each field."""
-    document = vars(kind)["__doc__"]
+    document = inspect.cleandoc(vars(kind)["__doc__"])  # 3.13 does so itself
     own = {name for name in inspect.get_annotations(kind) if not name.startswith("_")}
 
     assert "__dataclass_params__" in vars(kind)
     assert kind.__dataclass_params__.frozen  # type: ignore[attr-defined]
     assert all(field.kw_only for field in dataclasses.fields(kind))
     assert not document.startswith(f"{kind.__name__}(")
-    assert set(re.findall(r"^ {8}(\w+): ", document, re.MULTILINE)) == own
+    assert set(re.findall(r"^ {4}(\w+): ", document, re.MULTILINE)) == own
     assert {field.name for field in dataclasses.fields(kind)} >= own
 
 
