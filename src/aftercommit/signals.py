@@ -312,7 +312,7 @@ class PoolRanDry(Signal):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ConnectionHeld(Signal):
-    """A connection has been held for longer than its pool allows; told once.
+    """A connection has been held for longer than its pool allows, or SQLite's write lock; each is told once.
 
     Attributes:
         pool: The pool it belongs to.
