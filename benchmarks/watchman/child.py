@@ -16,8 +16,8 @@ from sqlalchemy.orm import Session
 
 from aftercommit import Database
 from aftercommit.fastapi import AsyncSessionDep, SessionDep, install
+from aftercommit.pools.holds import OF_SESSION
 from aftercommit.sessions.ended import end_for_good
-from aftercommit.sessions.leaks import LEASH
 from aftercommit.sessions.sharing import guard_session
 from benchmarks.overhead.job import Job
 
@@ -71,7 +71,7 @@ class NoLeash:
 
 def put_on_none(session: Session, *_: object) -> NoLeash:
     """Stand for what puts a session on its leash."""
-    session.info[LEASH] = leash = NoLeash()
+    session.info[OF_SESSION] = leash = NoLeash()
     return leash
 
 

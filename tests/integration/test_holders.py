@@ -13,7 +13,7 @@ import pytest
 import sqlalchemy.exc
 from fastapi import FastAPI, WebSocket
 from fastapi.responses import PlainTextResponse
-from sqlalchemy import text
+from sqlalchemy import NullPool, event, text
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 from websockets.exceptions import ConnectionClosed
@@ -24,7 +24,7 @@ from aftercommit.errors import PoolExhausted
 from aftercommit.fastapi import AsyncSessionDep, SessionDep, install
 from tests.support.databases import DatabaseUnderTest
 from tests.support.servers import serve
-from tests.support.workshop import Workshop
+from tests.support.workshop import Base, Effect, Workshop
 
 sync_drivers = pytest.mark.drivers("psycopg", "pysqlite")
 Told = queue.SimpleQueue[signals.Signal]
@@ -630,6 +630,74 @@ def test_a_task_that_waits_for_the_write_lock_has_a_name(database: DatabaseUnder
 
     assert said.startswith("task 'second', attempt 1, id ")
     assert said.endswith("for 3.0 s, beginning a transaction")
+
+
+@sync_drivers
+def test_what_a_listener_takes_is_not_the_session_s(database: DatabaseUnderTest) -> None:
+    """A connection that is taken by hand in a listener, before the session has one, is named by the listener's line."""
+    db = Database(database.url, pool=PoolSettings(2, 0))
+    Base.metadata.create_all(db.engine())
+    seen: list[list[str]] = []
+
+    with db.session() as session:
+
+        @event.listens_for(session, "before_flush")
+        def audit(*_: object) -> None:
+            with db.engine().connect() as connection:
+                connection.execute(text("SELECT 1"))
+                seen.append([str(hold.holder) for hold in db.sessions.pools["request"].register.holds()])
+
+        session.add(Effect(label="flushed"))
+        session.flush()
+        seen.append([str(hold.holder) for hold in db.sessions.pools["request"].register.holds()])
+
+    assert [len(each) for each in seen] == [1, 1]
+    assert seen[0][0].startswith("code that took it from the engine (")
+    assert seen[0][0].endswith(" in audit)")
+    assert seen[1][0].endswith(" in test_what_a_listener_takes_is_not_the_session_s)")
+    db.dispose()
+
+
+@pytest.mark.drivers("psycopg")
+async def test_a_session_within_another_s_block_has_a_hold_of_its_own(database: DatabaseUnderTest) -> None:
+    """A sync session that is opened in the ``run_sync`` of an async one takes nothing of its."""
+    db = Database(database.url)
+    register = db.sessions.pools["request"].register
+    seen: list[tuple[str, str | None]] = []
+
+    async with db.async_session() as outer:
+
+        def work(session: Session) -> None:
+            with db.session() as inner:
+                inner.execute(text("SELECT 'inner'"))
+                session.execute(text("SELECT 'outer'"))
+                seen.extend((hold.owner.line.function, hold.statement) for hold in register.holds())
+
+        await outer.run_sync(work)
+    await db.async_dispose()
+
+    outside = "test_a_session_within_another_s_block_has_a_hold_of_its_own"
+    assert seen == [("work", "SELECT 'inner'"), (outside, "SELECT 'outer'")]
+
+
+@sync_drivers
+def test_a_connection_that_is_given_twice_is_still_the_session_s(database: DatabaseUnderTest) -> None:
+    """SQLAlchemy tells a pool's listeners again of a connection that one of them has refused."""
+    db = Database(database.url, engine_options={"poolclass": NullPool})
+    refusals = [sqlalchemy.exc.DisconnectionError()]
+
+    @event.listens_for(db.engine(), "checkout")
+    def refuse(*_: object) -> None:
+        if refusals:
+            raise refusals.pop()
+
+    with db.session() as session:
+        session.execute(text("SELECT 7"))
+        during = [(hold.owner.name, hold.statement) for hold in db.sessions.pools["request"].register.holds()]
+
+    assert during == [("code", "SELECT 7")]
+    assert db.sessions.pools["request"].register.holds() == []
+    db.dispose()
 
 
 @pytest.mark.drivers("psycopg")

@@ -93,6 +93,42 @@ def test_a_session_that_another_thread_used_is_still_the_one_s_that_opened_it(da
 
 
 @async_drivers
+async def test_a_connection_that_was_taken_after_a_commit_counts_as_well(database: DatabaseUnderTest) -> None:
+    """A session that commits in a block of sync code, and goes on there, waits for itself like any other."""
+    db = Database(database.url, pool=PoolSettings(1, 0, pool_timeout=TIMEOUT * 10))
+
+    def commit_and_go_on(session: Session) -> None:
+        session.commit()
+        session.execute(ONE)
+
+    async with db.async_session() as first:
+        await first.execute(ONE)
+        await first.run_sync(commit_and_go_on)
+        with pytest.raises(PoolExhausted) as caught:
+            async with db.async_session() as second:
+                await second.execute(ONE)
+    await db.async_dispose()
+
+    assert caught.value.is_alone
+
+
+@sync_drivers
+def test_the_second_engine_of_a_session_counts_as_well(database: DatabaseUnderTest) -> None:
+    """A session that works on two pools stands in its own way on each of them."""
+    one = PoolSettings(1, 0, pool_timeout=TIMEOUT * 10)
+    db = Database(database.url, pools={"request": one, "files": one})
+
+    with db.session() as session:
+        session.execute(ONE)
+        session.execute(ONE, bind_arguments={"bind": db.engine("files")})
+        with pytest.raises(PoolExhausted) as caught, db.session("files") as other:
+            other.execute(ONE)
+
+    assert caught.value.is_alone
+    db.dispose()
+
+
+@async_drivers
 async def test_of_coroutines_that_all_want_a_second_connection_one_is_refused(database: DatabaseUnderTest) -> None:
     """The same for asyncio tasks."""
     db = Database(database.url, pool=PoolSettings(3, 0, pool_timeout=TIMEOUT * 10))

@@ -24,8 +24,8 @@ __all__ = [
     "HOLD",
     "KEPT",
     "LOCKED",
+    "OF_SESSION",
     "Hold",
-    "asking",
     "at_work",
     "hold_of",
     "note_lock",
@@ -38,6 +38,9 @@ HOLD: Final = "aftercommit.hold"
 
 LOCKED: Final = "aftercommit.locked"
 """Where it stands since when a connection has SQLite's write lock: the key in the ``info`` of what is pooled."""
+
+OF_SESSION: Final = "aftercommit.leash"
+"""Where a session of ours has its own: the key in its ``info``."""
 
 KEPT: Final = "_aftercommit_hold"
 """The attribute by which a connection knows its hold, in which is noted what is run on it."""
@@ -141,11 +144,6 @@ class Hold:
             return bool(driver.in_transaction) or (not of_driver and self.has_begun())
         except Exception:  # noqa: BLE001  # it was closed by now, and each driver has an error of its own for that
             return False
-
-
-asking: Final[dict[Any, Hold]] = {}
-"""By thread or asyncio task, the session of ours that is at work there and has no connection: the next that is taken
-there is its own. A dictionary, because to look into it takes no call."""
 
 
 def hold_of(connection: Connection) -> Hold | None:

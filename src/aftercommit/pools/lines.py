@@ -13,12 +13,16 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import sqlalchemy
+import sqlalchemy.engine.base
+import sqlalchemy.orm.session
+import sqlalchemy.pool.base
 
 if TYPE_CHECKING:
     from types import CodeType, FrameType
 
-__all__ = ["Line", "is_machinery", "is_users", "line_at", "line_of", "user_line"]
+    from sqlalchemy.orm import Session
+
+__all__ = ["Line", "is_machinery", "is_users", "line_at", "line_of", "session_taking", "user_line"]
 
 
 class Line(tuple["CodeType", int]):
@@ -58,6 +62,12 @@ _PACKAGES: Final = (asyncio, concurrent.futures, sqlalchemy)
 _OPTIONAL: Final = ("anyio", "fastapi", "greenlet", "sqlmodel", "starlette", "uvicorn")
 _MACHINERY: Final = tuple(
     str(Path(file).parent) + os.sep for file in (Path(__file__).parent, sqlalchemy.__file__ or "")
+)
+_SESSIONS: Final = sqlalchemy.orm.session.__file__
+_TAKES: Final = "_connection_for_bind"
+"""The method of a ``SessionTransaction`` that takes a connection from an engine."""
+_ENGINES: Final = frozenset(
+    {sqlalchemy.pool.base.__file__, sqlalchemy.engine.base.__file__, str(Path(__file__).parent / "views.py")}
 )
 _BEFORE: Final = -1
 """How far code has come that was not begun; its line is the one that defines it."""
@@ -103,6 +113,22 @@ def user_line(behind: int = 0) -> Line | None:
             return Line((frame.f_code, frame.f_lasti))
         frame = frame.f_back
     return _behind_greenlets()
+
+
+def session_taking() -> Session | None:
+    """The session that takes a connection, asked by the pool that gives it; None where it is taken by hand.
+
+    Whoever is behind the engine's own frames has asked for it, and no listener that happens to run meanwhile: a session
+    asks in one place, where it is known by the transaction that it begins.
+    """
+    # The pool's own `connect`, as seen from here, by way of its register.
+    frame: FrameType | None = sys._getframe(5)  # noqa: SLF001  # see user_line
+    while frame is not None and frame.f_code.co_filename in _ENGINES:
+        frame = frame.f_back
+    if frame is None or frame.f_code.co_name != _TAKES or frame.f_code.co_filename != _SESSIONS:
+        return None
+    session: Session | None = getattr(frame.f_locals.get("self"), "session", None)
+    return session
 
 
 def line_at(frame: FrameType) -> Line:

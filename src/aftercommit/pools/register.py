@@ -13,8 +13,8 @@ from sqlalchemy.util.queue import Empty, Full
 
 from aftercommit import signals
 from aftercommit.errors import PoolExhausted
-from aftercommit.pools.holds import HOLD, LOCKED, Hold, asking, note_statements, shortened
-from aftercommit.pools.lines import user_line
+from aftercommit.pools.holds import HOLD, LOCKED, OF_SESSION, Hold, note_statements, shortened
+from aftercommit.pools.lines import session_taking, user_line
 from aftercommit.pools.standstill import Flow, stop_waiting, this_flow, wait_for, waiting_among
 from aftercommit.pools.timing import Meter
 
@@ -148,18 +148,21 @@ class Register:
             entry: What the pool gives out.
             pool: The pool, if it is one of ours.
         """
-        flow = this_flow()
-        task = None if flow.task is None else flow.task()
-        key: Any = flow.thread if task is None or task not in asking else task
-        if key in asking and asking[key].entry is None:
-            hold = asking[key]
+        session = session_taking()
+        own: Hold | None = None if session is None else session.info.get(OF_SESSION)
+        if own is not None and (own.entry is None or own.entry is entry):
+            hold = own
             hold.statement = hold.done_since = hold.told_lock = None
             hold.reported = hold.is_begun = False
-            hold.flow = flow
         else:
-            # A bare connection may be handed to whoever works on it and gives it back: nobody knows in which flow.
             hold = Hold()
-            hold.line = user_line()
+            if own is None:
+                hold.line = user_line()
+            else:
+                # The second of a session that works on two engines.
+                hold.owner, hold.kind, hold.allowed, hold.opened_by = own.owner, own.kind, own.allowed, own.opened_by
+        # A bare connection may be handed to whoever works on it and gives it back: nobody knows in which flow.
+        hold.flow = None if session is None else this_flow()
         hold.since = time.monotonic()
         hold.pool = pool
         hold.entry = entry

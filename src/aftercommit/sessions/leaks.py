@@ -22,7 +22,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from aftercommit import signals
-from aftercommit.pools.holds import KEPT, Hold, hold_of
+from aftercommit.pools.holds import KEPT, OF_SESSION, Hold, hold_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -31,10 +31,7 @@ if TYPE_CHECKING:
 
     from aftercommit.sessions.owner import Owner
 
-__all__ = ["LEASH", "Leash", "put_on_leash"]
-
-LEASH: Final = "aftercommit.leash"
-"""The key in ``session.info`` of a session of ours."""
+__all__ = ["Leash", "put_on_leash"]
 
 # Whatever is still open when the process ends goes with it, and is no news then.
 _open: Final[dict[Leash, _Tether]] = {}
@@ -59,14 +56,12 @@ class Leash(Hold):
 
     def begun(self, connection: Connection) -> None:
         """The session has begun a transaction on *connection*."""
-        if self.entry is None or self.is_begun:
-            # One transaction on two engines, or a connection that was taken past the session.
-            hold = hold_of(connection)
-            if hold is not None:
-                hold.owner, hold.kind, hold.line, hold.allowed = self.owner, self.kind, None, self.allowed
-        else:
+        if self.entry is not None and not self.is_begun:
             self.is_begun = True
             connection.__dict__[KEPT] = self
+        else:
+            # Its second: one transaction on two engines.
+            hold_of(connection)
         if connection.dialect.is_async:
             self._loop = asyncio.get_running_loop()
             self.held.append((connection.connection, ref(connection)))
@@ -110,7 +105,7 @@ def put_on_leash(session: Session, owner: Owner, pool: str) -> Leash:
     leash.opened = time.monotonic()
     leash.from_pool = pool
     leash.held = []
-    session.info[LEASH] = leash
+    session.info[OF_SESSION] = leash
     _open[leash] = tether = _Tether(session, _dropped)
     tether.leash = leash
     return leash

@@ -43,7 +43,7 @@ class Scope:
         self.session = make()
         self.session.info[OWNER] = owner
         self._leash = put_on_leash(self.session, owner, pool)
-        self._guard = guard_session(self.session, owner, self._leash)
+        self._guard = guard_session(self.session, owner)
         self._keeps_rows = keeps_rows
 
     def __enter__(self) -> Session:
@@ -104,7 +104,7 @@ class AsyncScope:
         self.session = make()
         self.session.sync_session.info[OWNER] = owner
         self._leash = put_on_leash(self.session.sync_session, owner, pool)
-        self._guard = guard_session(self.session, owner, self._leash)
+        self._guard = guard_session(self.session, owner)
         self._keeps_rows = keeps_rows
 
     async def __aenter__(self) -> AsyncSession:

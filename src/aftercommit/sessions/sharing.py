@@ -16,6 +16,7 @@ import asyncio
 import itertools
 import sys
 import threading
+from contextlib import nullcontext
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
@@ -26,7 +27,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from aftercommit.errors import SessionShared
-from aftercommit.pools.holds import Hold, asking, at_work
+from aftercommit.pools.holds import at_work
 from aftercommit.pools.lines import Line, is_machinery, is_users, line_at
 from aftercommit.sessions.owner import Owner
 
@@ -60,23 +61,16 @@ class Guard:
 
     Args:
         owner: Who has the session.
-        hold: What the session is to its pool, once it has a connection.
         is_async: Whether it is the one behind an ``AsyncSession``.
 
     Attributes:
         may_have_written: Whether anything but a SELECT went through the session.
     """
 
-    __slots__ = (
-        "_asks", "_before", "_hold", "_is_async", "_lock", "_operation", "_owner", "_user", "_waiting", "_whoever",
-        "may_have_written",
-    )  # fmt: skip
+    __slots__ = ("_is_async", "_lock", "_operation", "_owner", "_user", "_waiting", "_whoever", "may_have_written")
 
-    def __init__(self, owner: Owner, hold: Hold, *, is_async: bool) -> None:
+    def __init__(self, owner: Owner, *, is_async: bool) -> None:
         self._owner = owner
-        self._hold = hold
-        self._asks = False
-        self._before: Hold | None = None
         self._is_async = is_async
         self._lock = threading.Lock()
         # Written by whoever has the lock. Read without it: it equals oneself only if one has written it.
@@ -99,21 +93,10 @@ class Guard:
             self._refuse(operation)
         self._user = me
         self._operation = operation
-        if self._hold.entry is None:
-            # There may be another: a listener of one session may use a second.
-            self._before = asking[me] if me in asking else None  # noqa: SIM401  # get() would be a call
-            asking[me] = self._hold
-            self._asks = True
         return True
 
     def leave(self) -> None:
         """The call is over."""
-        if self._asks:
-            self._asks = False
-            if self._before is None:
-                del asking[self._user]
-            else:
-                asking[self._user], self._before = self._before, None
         self._user = None
         self._lock.release()
         if self._waiting:
@@ -178,23 +161,17 @@ class Guard:
         )
 
 
-def guard_session(session: Session | AsyncSession, owner: Owner, hold: Hold) -> Guard:
-    """Give a new session its guard: from now on a second user of it is refused.
-
-    Args:
-        session: A new one.
-        owner: Who has it.
-        hold: What the session is to its pool, once it has a connection.
-    """
+def guard_session(session: Session | AsyncSession, owner: Owner) -> Guard:
+    """Give a new session its guard: from now on a second user of it is refused."""
     if isinstance(session, AsyncSession):
         sync = session.sync_session
-        guard = Guard(owner, hold, is_async=True)
+        guard = Guard(owner, is_async=True)
         vars(session)[_GUARD] = guard
         kind: Any = type(session)
         session.__class__ = _guarded_async(kind)
     else:
         sync = session
-        guard = Guard(owner, hold, is_async=False)
+        guard = Guard(owner, is_async=False)
     vars(sync)[_GUARD] = guard
     sync_kind: Any = type(sync)
     sync.__class__ = _guarded(sync_kind)
@@ -310,13 +287,17 @@ def _guard_rows(result: ChunkedIteratorResult[Any], guard: Guard) -> None:
     A result that is streamed is guarded for each of its pages, not in between: there its reader may use the session.
     """
     chunks = result.chunks
+    is_streamed = result._yield_per is not None  # noqa: SLF001  # see below
+    connection = getattr(result.raw, "connection", None) if is_streamed else None
 
     def guarded(size: int | None) -> Iterator[Any]:
         pages = iter(chunks(size))
         while True:
             is_first = guard.enter("fetch")
             try:
-                page = next(pages, None)
+                # Only what is streamed is still to come: the server works on it.
+                with nullcontext() if connection is None else at_work(connection):
+                    page = next(pages, None)
             finally:
                 if is_first:
                     guard.leave()

@@ -21,9 +21,7 @@ from sqlalchemy.ext.asyncio import async_session as proxy_of
 from sqlalchemy.orm import Session, scoped_session
 
 from aftercommit.errors import HandOverError
-from aftercommit.pools.holds import hold_of
-from aftercommit.pools.standstill import this_flow
-from aftercommit.sessions.leaks import LEASH, Leash
+from aftercommit.pools.holds import OF_SESSION, hold_of
 from aftercommit.sessions.ledger import (
     Entry,
     Item,
@@ -41,6 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from sqlalchemy.orm import SessionTransaction
+
+    from aftercommit.sessions.leaks import Leash
 
 __all__ = [
     "at_every_commit",
@@ -179,14 +179,13 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
         ledger_of(connection).attach(track)
     # A connection that the session was given stays whose it was.
     if transaction.parent is None and not isinstance(session.bind, Connection):
-        leash: Leash | None = session.info.get(LEASH)
+        leash: Leash | None = session.info.get(OF_SESSION)
         if leash is not None:
             leash.begun(connection)
         else:
             hold = hold_of(connection)
             if hold is not None:
                 hold.owner, hold.line = Owner("a session of the application's own", user_line()), None
-                hold.flow = this_flow()
     hooks = session.info.get(_HOOKS)
     if hooks is not None and transaction.parent is None:
         begun, committing = hooks
@@ -256,7 +255,7 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
     elif transaction.parent is None:
         del session.info[_TRACK]
         _see_unwinding_no_more(session)
-        leash: Leash | None = session.info.get(LEASH)
+        leash: Leash | None = session.info.get(OF_SESSION)
         if leash is not None and leash.held:
             leash.held.clear()
         for connection in track.connections:
