@@ -60,8 +60,10 @@ class Leash(Hold):
             self.is_begun = True
             connection.__dict__[KEPT] = self
         else:
-            # Its second: one transaction on two engines.
-            hold_of(connection)
+            # Its second: one transaction on two engines. Or one that the pool could not tell to be a session's.
+            hold = hold_of(connection)
+            if hold is not None and not isinstance(hold, Leash):
+                hold.owner, hold.kind, hold.line, hold.allowed = self.owner, self.kind, None, self.allowed
         if connection.dialect.is_async:
             self._loop = asyncio.get_running_loop()
             self.held.append((connection.connection, ref(connection)))
