@@ -23,7 +23,6 @@ if TYPE_CHECKING:
 __all__ = [
     "HOLD",
     "KEPT",
-    "LOCKED",
     "OF_SESSION",
     "Hold",
     "at_work",
@@ -35,9 +34,6 @@ __all__ = [
 
 HOLD: Final = "aftercommit.hold"
 """Where a connection has its hold: the key in the ``record_info`` of what is pooled."""
-
-LOCKED: Final = "aftercommit.locked"
-"""Where it stands since when a connection has SQLite's write lock: the key in the ``info`` of what is pooled."""
 
 OF_SESSION: Final = "aftercommit.leash"
 """Where a session of ours has its own: the key in its ``info``."""
@@ -70,6 +66,7 @@ class Hold:
         done_since: When that one was done; None during a statement.
         is_begun: Whether the session that takes it has begun a transaction on it.
         reported: Whether it was reported as held too long.
+        took_lock: When it last took SQLite's write lock, which it may have lost since.
         told_lock: Since when it had SQLite's write lock that was reported as held too long.
         connection: SQLAlchemy's, where it is taken by hand and has run something.
     """
@@ -87,6 +84,7 @@ class Hold:
     done_since: float | None = None
     is_begun: bool = True
     reported: bool = False
+    took_lock: float | None = None
     told_lock: float | None = None
     connection: ref[Connection] | None = None
 
@@ -103,8 +101,7 @@ class Hold:
 
     def locked_since(self) -> float | None:
         """When it took SQLite's write lock; None if it has not got it."""
-        entry = self.entry
-        since: float | None = None if entry is None else entry.info.get(LOCKED)
+        since = self.took_lock
         return since if since is not None and self._is_in_transaction(of_driver=True) else None
 
     def locked(self, now: float) -> float | None:
@@ -159,8 +156,10 @@ def hold_of(connection: Connection) -> Hold | None:
 
 def note_lock(pooled: PoolProxiedConnection) -> None:
     """Note that a connection has taken SQLite's write lock."""
-    # With the connection, and not in its hold: a task's takes it as it begins, before anybody can say whose it is.
-    pooled.info[LOCKED] = time.monotonic()
+    facts = pooled.record_info
+    hold: Hold | None = None if facts is None else facts.get(HOLD)
+    if hold is not None:
+        hold.took_lock = time.monotonic()
 
 
 @contextmanager

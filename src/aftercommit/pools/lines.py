@@ -9,7 +9,7 @@ import importlib.util
 import os
 import sys
 import threading
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -138,7 +138,10 @@ def line_at(frame: FrameType) -> Line:
 
 def line_of(function: Any) -> Line | None:
     """Where *function* is defined, whatever it is wrapped in; None for what has no source."""
-    while (inner := getattr(function, "__wrapped__", None) or getattr(function, "func", None)) is not None:
+    while True:
+        inner = function.func if isinstance(function, partial) else getattr(function, "__wrapped__", None)
+        if inner is None:
+            break
         function = inner
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
     return None if code is None else Line((code, _BEFORE))

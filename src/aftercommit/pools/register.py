@@ -13,7 +13,7 @@ from sqlalchemy.util.queue import Empty, Full
 
 from aftercommit import signals
 from aftercommit.errors import PoolExhausted
-from aftercommit.pools.holds import HOLD, LOCKED, OF_SESSION, Hold, note_statements, shortened
+from aftercommit.pools.holds import HOLD, OF_SESSION, Hold, note_statements, shortened
 from aftercommit.pools.lines import session_taking, user_line
 from aftercommit.pools.standstill import Flow, stop_waiting, this_flow, wait_for, waiting_among
 from aftercommit.pools.timing import Meter
@@ -56,7 +56,7 @@ class Register:
         else:
             event.listen(engine, "checkout", lambda _connection, entry, _proxy: self.taken(entry))
             event.listen(engine, "checkin", lambda _connection, entry: self.returned(entry))
-            event.listen(engine, "detach", lambda _connection, entry: self.returned(entry))
+            event.listen(engine, "detach", self._detached)
         note_statements(engine)
 
     def holds(self) -> list[Hold]:
@@ -152,7 +152,7 @@ class Register:
         own: Hold | None = None if session is None else session.info.get(OF_SESSION)
         if own is not None and (own.entry is None or own.entry is entry):
             hold = own
-            hold.statement = hold.done_since = hold.told_lock = None
+            hold.statement = hold.done_since = hold.took_lock = hold.told_lock = None
             hold.reported = hold.is_begun = False
         else:
             hold = Hold()
@@ -175,8 +175,6 @@ class Register:
         if hold is None:
             return
         hold.entry = None
-        if LOCKED in entry.info:
-            del entry.info[LOCKED]
         if hold.reported:
             seconds = time.monotonic() - hold.since
             signals.emit(signals.ConnectionReturned(pool=self.pool, owner=hold.holder, seconds=seconds))
@@ -185,6 +183,12 @@ class Register:
         if hold.kind in _ALWAYS_ENDED and signals.wanted(signals.ConnectionUsed):
             seconds = time.monotonic() - hold.since
             signals.emit(signals.ConnectionUsed(pool=self.pool, kind=hold.kind, seconds=seconds))
+
+    def _detached(self, _connection: object, entry: Any) -> None:
+        # The event comes behind the return of the place. If that has been taken again meanwhile, with a connection of
+        # its own, what stands there is somebody else's.
+        if entry.dbapi_connection is None:
+            self.returned(entry)
 
     @contextmanager
     def someone_waits(self) -> Iterator[None]:
