@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import insert, inspect, select, text, update
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SCHEMA_VERSION", "create_tables", "schema_problem"]
 
-SCHEMA_VERSION: Final = 1
+SCHEMA_VERSION: Final = 2
 
 _LOCK: Final = 0x61667463  # "aftc": any number will do, as long as nobody else takes the same
 
@@ -31,6 +31,7 @@ def create_tables(connection: Connection, also: MetaData | None = None) -> None:
         # Of the transaction, not of the session: a transaction pooler lets no other kind through.
         connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _LOCK})
     Base.metadata.create_all(connection)
+    _add_missing_columns(connection, Base.metadata)
     if also is not None:
         also.create_all(connection)
     version = connection.scalar(select(SchemaRecord.version))
@@ -38,6 +39,19 @@ def create_tables(connection: Connection, also: MetaData | None = None) -> None:
         connection.execute(insert(SchemaRecord).values(id=1, version=SCHEMA_VERSION))
     elif version < SCHEMA_VERSION:
         connection.execute(update(SchemaRecord).values(version=SCHEMA_VERSION))
+
+
+def _add_missing_columns(connection: Connection, metadata: MetaData) -> None:
+    """Bring older tables forward: every column that came later may be empty or has a default."""
+    inspector = inspect(connection)
+    quote = connection.dialect.identifier_preparer
+    for table in metadata.sorted_tables:
+        there = {column["name"] for column in inspector.get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in there:
+                compiler: Any = connection.dialect.ddl_compiler(connection.dialect, None)  # type: ignore[arg-type]  # as Alembic makes it
+                written = compiler.get_column_specification(column)
+                connection.exec_driver_sql(f"ALTER TABLE {quote.format_table(table)} ADD COLUMN {written}")
 
 
 def schema_problem(connection: Connection) -> str | None:

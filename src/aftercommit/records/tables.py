@@ -92,6 +92,8 @@ class TaskRecord(Base):
         attempt: The attempt at hand, or the last; 0 before the first.
         max_attempts: How many there may be.
         claims: How often a worker took it; with the attempt, the token that fences a zombie off.
+        refunds: How often in a row a claim ended without an attempt being used and without an orderly stop: conflicts
+            that lasted, records that said ``running`` and that nobody ran. Has a ceiling.
         run_at: When it is due.
         enqueued_at: When it was asked for.
         started_at: When the attempt at hand, or the last, was claimed.
@@ -121,6 +123,7 @@ class TaskRecord(Base):
     attempt: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     max_attempts: Mapped[int] = mapped_column(Integer, server_default=text("5"))
     claims: Mapped[int] = mapped_column(Integer, server_default=text("0"))
+    refunds: Mapped[int] = mapped_column(Integer, server_default=text("0"))
     run_at: Mapped[datetime] = mapped_column(UtcDateTime)
     enqueued_at: Mapped[datetime] = mapped_column(UtcDateTime)
     started_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
@@ -192,6 +195,7 @@ class WorkerRecord(Base):
         seen_at: Its last heartbeat.
         pools: The pools it runs.
         names: The tasks it knows.
+        backends: The server processes of its connections, as far as it can be sure of them; None where there are none.
     """
 
     __tablename__ = "aftercommit_worker"
@@ -203,6 +207,7 @@ class WorkerRecord(Base):
     seen_at: Mapped[datetime] = mapped_column(UtcDateTime)
     pools: Mapped[list[str]] = mapped_column(JSON)
     names: Mapped[list[str]] = mapped_column(JSON)
+    backends: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
 
 
 class PoolState(Base):
