@@ -20,9 +20,10 @@ from aftercommit.records import moves, notifying, waiting, workers
 from aftercommit.records.ids import uuid7
 from aftercommit.runner.around import around
 from aftercommit.runner.bookkeeper import Bookkeeper
-from aftercommit.runner.ending import end, judge, tell_failed
 from aftercommit.runner.lanes import Lane
 from aftercommit.runner.listening import Herald, Listener
+from aftercommit.runner.outcome import decide_outcome
+from aftercommit.runner.recording import end, tell_failed
 from aftercommit.runner.rounds import OVERRUN_SECONDS, Pace, Rounds, is_lost
 from aftercommit.runner.run import Run, failure_of, now
 from aftercommit.runner.shells import run_async, run_sync
@@ -490,7 +491,7 @@ class Runner:
         error = run.abandoned if isinstance(run.abandoned, TaskTimeout) else run.overdue()
         try:
             with around(run, watched=False):
-                end(run, error, judge(run, error), self)
+                end(run, error, decide_outcome(run, error), self)
             # What it was given is still used by the thread that hangs, so the run is not closed.
             self.held.pop(run.id, None)
         finally:
