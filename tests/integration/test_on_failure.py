@@ -123,11 +123,11 @@ def test_every_end_of_it_is_recorded(shop: Workshop, end: str, native: bool, dur
         calls.append(1)
         session.add(Effect(label="never"))
         session.flush()
-        raise ENDS[end]()
+        raise ENDS[end]()  # noqa: RSE102  # makes one
 
     async def leave_native(session: Any, error: BaseException, label: str) -> None:
         await session.run_sync(lambda plain: (calls.append(1), plain.add(Effect(label="never")), plain.flush()))
-        raise ENDS[end]()
+        raise ENDS[end]()  # noqa: RSE102  # makes one
 
     bad = shop.task(durable=durable, on_failure=leave_native if native else leave)(fail)
     with shop.running(), Heard(signals.TaskFailed) as heard:
@@ -270,7 +270,7 @@ def test_nothing_of_it_is_deprecated(shop: Workshop):
 
 @pytest.mark.drivers("psycopg", "asyncpg")
 def test_its_own_slow_sql_is_its_own_failure(shop: Workshop):
-    """57014 at a statement of ``on_failure``'s own is its end: recorded, without its effects."""
+    """57014 at a statement of its own, again and again, is its end: recorded, without its effects."""
     calls: list[int] = []
 
     def slow(session: Session, error: BaseException, label: str) -> None:
@@ -284,5 +284,5 @@ def test_its_own_slow_sql_is_its_own_failure(shop: Workshop):
         shop.drain()
 
     [record] = shop.records()
-    assert (calls, record.state) == ([1], "failed")
+    assert (calls, record.state) == ([1] * 4, "failed")
     assert "57014" in (record.traceback or "")

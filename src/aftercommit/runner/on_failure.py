@@ -3,7 +3,8 @@
 It runs in the pool and at the isolation of its task, in the transaction that records the failure. Its ends:
 
 - committed: the failure is recorded, with what it wrote;
-- an error that passes by itself, of its own statements or of ours: the whole transaction is repeated;
+- an error that passes by itself, of its own statements or of ours, and a few times a statement that was cancelled:
+  the whole transaction is repeated;
 - any other end, ``sys.exit()`` and a cancellation of its own among them: it is over. What it wrote is rolled back, the
   failure is recorded without it, and its own error is noted beside.
 
@@ -26,7 +27,7 @@ from aftercommit.errors import LostClaim
 from aftercommit.tasks.context import logged
 from aftercommit.tasks.current import as_current
 from aftercommit.tasks.retry import Again, GiveUp, Retry, Tries, decide
-from aftercommit.tasks.transient import Fault, describe, fault_of
+from aftercommit.tasks.transient import Fault, describe, fault_of, is_cancelled
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -171,7 +172,8 @@ class OnFailure:
             repeats=self._tries.seen_at(now),
             saw_unique=seen.saw_unique,
             saw_conflict=seen.saw_conflict,
-            saw_cancelled=seen.saw_cancelled,
+            # Its own, too: once may be an administrator's doing, and the compensation would be lost with it.
+            saw_cancelled=seen.saw_cancelled or is_cancelled(error),
             rng=_rng,
         )
         if isinstance(step, Again):

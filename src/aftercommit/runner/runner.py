@@ -261,8 +261,9 @@ class Runner:
                     try:
                         await self.books.async_call(work)
                     except DBAPIError as exc:
-                        if fault_of(exc) is not Fault.CONFLICT:
+                        if fault_of(exc) not in (Fault.CONFLICT, Fault.CANCELLED):
                             raise
+                        await asyncio.sleep(0.01)
                     else:
                         return
         except TimeoutError as exc:

@@ -29,7 +29,16 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from types import FrameType, TracebackType
 
-__all__ = ["Fault", "cancels_ours", "describe", "fault_of", "is_disconnect", "is_read_only", "met_in_commit"]
+__all__ = [
+    "Fault",
+    "cancels_ours",
+    "describe",
+    "fault_of",
+    "is_cancelled",
+    "is_disconnect",
+    "is_read_only",
+    "met_in_commit",
+]
 
 
 class Fault(enum.Enum):
@@ -102,16 +111,18 @@ def met_in_commit(error: BaseException) -> bool:
     return any(function == _SENDING_COMMIT and module.startswith("sqlalchemy.") for module, function in places)
 
 
+def is_cancelled(error: BaseException) -> bool:
+    """Tell whether the server cancelled a statement (57014), whoever's it was."""
+    return _code(_unit(_verdict(error).link)) == _CANCELLED
+
+
 def cancels_ours(error: BaseException) -> bool:
     """Tell, where *error* is first seen, whether it cancelled a statement of the library's own.
 
     For a listener of ``handle_error``: the error has not travelled yet, so its traceback does not name who sent the
     statement. The stack does.
     """
-    verdict = _verdict(error)
-    if verdict.fault is not Fault.PERMANENT or _code(_unit(verdict.link)) != _CANCELLED:
-        return verdict.fault is Fault.CANCELLED
-    return any(map(_sends_ours, _stack()))
+    return fault_of(error) is Fault.CANCELLED or (is_cancelled(error) and any(map(_sends_ours, _stack())))
 
 
 def describe(error: BaseException) -> str:
