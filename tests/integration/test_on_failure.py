@@ -9,7 +9,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from aftercommit import PoolSettings, current_run, signals
+from aftercommit import PoolSettings, Retry, current_run, signals
 from aftercommit.records import moves
 from tests.support.databases import DatabaseUnderTest
 from tests.support.workshop import TIMEOUT, Counter, Effect, Heard, Workshop
@@ -286,3 +286,27 @@ def test_its_own_slow_sql_is_its_own_failure(shop: Workshop):
     [record] = shop.records()
     assert (calls, record.state) == ([1] * 4, "failed")
     assert "57014" in (record.traceback or "")
+
+
+@pytest.mark.drivers("psycopg", "pysqlite")
+def test_a_task_that_a_stop_leaves_behind_is_compensated_later(database: DatabaseUnderTest):
+    """``Retry(attempts=1)`` and a stop that cannot wait: the next worker finds it, fails it and calls ``on_failure``."""
+    shop = Workshop(database, heartbeat=0.2, silent_after=1.0)
+    begun, gate = threading.Event(), threading.Event()
+
+    def mark(session: Session, error: BaseException, label: str) -> None:
+        session.add(Effect(label=f"{type(error).__name__} {label}"))
+
+    @shop.task(retry=Retry(attempts=1), on_failure=mark, begun=begun.set, gate=gate)
+    def once(session: Session, label: str) -> None:
+        session.add(Effect(label="never"))
+
+    with shop.running(grace=0.0):
+        id = shop.ask(once, "x")
+        assert begun.wait(TIMEOUT)
+    gate.set()
+    with shop.running():
+        shop.drain()
+
+    assert (shop.record(id).state, shop.effects()) == ("failed", ["WorkerLost x"])
+    shop.close()

@@ -229,7 +229,11 @@ class Runner:
         for run in runs:
             if run.claim is None:
                 self._report_memory_lost(run)
-        mine = [run for run in runs if run.claim is not None]
+            elif _is_left_to_others(run):
+                self._let_go(run)
+        # What may not begin again has failed. Its `on_failure` is called by the worker that finds it without one: this
+        # process has no time left for the application's code.
+        mine = [run for run in runs if run.claim is not None and not _is_left_to_others(run)]
         given: list[Run] = []
         failed: list[Run] = []
         if not mine:
@@ -584,6 +588,10 @@ class Runner:
 
 def _may_not_begin_again(run: Run) -> bool:
     return bool(run.started) and run.task.settings.retry.attempts == 1
+
+
+def _is_left_to_others(run: Run) -> bool:
+    return _may_not_begin_again(run) and run.task.settings.on_failure is not None
 
 
 def _write_back(connection: Connection, run: Run) -> bool:
