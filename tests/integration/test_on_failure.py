@@ -290,7 +290,7 @@ def test_its_own_slow_sql_is_its_own_failure(shop: Workshop):
 
 @pytest.mark.drivers("psycopg", "pysqlite")
 def test_a_task_that_a_stop_leaves_behind_is_compensated_later(database: DatabaseUnderTest):
-    """``Retry(attempts=1)`` and a stop that cannot wait: the next worker finds it, fails it and calls ``on_failure``."""
+    """``Retry(attempts=1)`` and a stop that cannot wait: the next worker fails it and calls ``on_failure``."""
     shop = Workshop(database, heartbeat=0.2, silent_after=1.0)
     begun, gate = threading.Event(), threading.Event()
 

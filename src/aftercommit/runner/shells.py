@@ -114,16 +114,17 @@ def _finish_without_session(run: Run, result: str | None, context: RunContext) -
     for number in count(1):
         if run.abandoned is not None:
             raise run.abandoned
+        if claim is None:
+            return
         try:
-            done = claim is None or context.books.call(lambda connection: moves.finish(connection, claim, result))
+            if context.books.call(lambda connection: moves.finish(connection, claim, result)):
+                return
         except Exception as exc:
             # In a transaction of its own, this can be repeated by itself: what the function did is done.
             if fault_of(exc) is not Fault.CANCELLED or number > CANCELLED_LIMIT:
                 raise
         else:
-            break
-    if not done:
-        raise run.lost()
+            raise run.lost()
 
 
 # --- async ------------------------------------------------------------------------------------------------------
