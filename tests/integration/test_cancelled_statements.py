@@ -1,8 +1,10 @@
 """57014 at a statement of the library's own: the task did nothing wrong, so nothing fails for good."""
 
+import threading
 from collections.abc import Iterator
 from typing import Any
 
+import asyncpg
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.exc import DBAPIError
@@ -322,3 +324,44 @@ def test_a_request_hears_of_its_own(shop: Workshop):
         shop.drain()
 
     assert (shop.records(), shop.effects()) == ([], [])
+
+
+@pytest.mark.drivers("asyncpg")
+@pytest.mark.parametrize("which", ["BEGIN", "COMMIT", "ROLLBACK"])
+def test_a_transaction_that_was_not_ended_is_nobody_else_s(shop: Workshop, which: str, monkeypatch: pytest.MonkeyPatch):
+    """A BEGIN, COMMIT or ROLLBACK that the server cancelled leaves driver and server at odds: it is dropped."""
+    armed, seen = threading.Event(), []
+    send = asyncpg.Connection.execute
+
+    async def cancelled(self: Any, query: str, *args: Any, **kwargs: Any) -> Any:
+        if armed.is_set() and query.startswith(which):
+            armed.clear()
+            seen.append(query)
+            # In the place of the real one, as a cancel that comes at its very beginning.
+            await send(self, "SET statement_timeout = '10ms'; SELECT pg_sleep(60)")
+        return await send(self, query, *args, **kwargs)
+
+    @shop.task()
+    def work(session: Session, label: str) -> None:
+        session.add(Effect(label=label))
+        session.flush()
+        if label == "first" and not seen and which != "BEGIN":
+            armed.set()
+            if which == "ROLLBACK":
+                raise _conflict()
+
+    with shop.running():
+        shop.drain()
+        monkeypatch.setattr(asyncpg.Connection, "execute", cancelled)
+        ids = [shop.ask(work, "first")]
+        shop.drain()
+        if which == "BEGIN":
+            armed.set()
+            with pytest.raises(DBAPIError):
+                shop.commit(lambda session: session.execute(sa.text("SELECT 1")))
+        ids += [shop.ask(work, str(n)) for n in range(3)]
+        shop.drain()
+
+    assert len(seen) == 1
+    assert {shop.record(id).state for id in ids} == {"succeeded"}
+    assert shop.effects() == ["0", "1", "2", "first"]
