@@ -310,3 +310,29 @@ def test_a_task_that_a_stop_leaves_behind_is_compensated_later(database: Databas
 
     assert (shop.record(id).state, shop.effects()) == ("failed", ["WorkerLost x"])
     shop.close()
+
+
+@pytest.mark.drivers("asyncpg", "aiosqlite")
+def test_a_loop_that_closes_does_not_end_it(shop: Workshop):
+    """A cancellation from outside is no end of ``on_failure``: it is called again, and its effects take place once."""
+    begun: list[int] = []
+
+    async def mark(session: Any, error: BaseException, label: str) -> None:
+        begun.append(1)
+        await session.run_sync(lambda plain: (plain.add(Effect(label="failed")), plain.flush()))
+        if len(begun) == 1:
+            # What asyncio.run() does at its end.
+            for task in asyncio.all_tasks():
+                if "_settle" in str(task) or "async_end" in str(task) or task.get_name().startswith("aftercommit:"):
+                    task.cancel()
+            await asyncio.sleep(TIMEOUT)
+
+    bad = shop.task(on_failure=mark)(fail)
+    with shop.running(), Heard(signals.TaskFailed) as heard:
+        id = shop.ask(bad, "x")
+        heard.wait(signals.TaskFailed)
+        shop.drain()
+
+    record = shop.record(id)
+    assert (record.state, len(begun), shop.effects()) == ("failed", 2, ["failed"])
+    assert "raised, too" not in (record.traceback or "")
