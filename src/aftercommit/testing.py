@@ -25,7 +25,8 @@ from aftercommit.pools import sqlite
 from aftercommit.records import moves, schema
 from aftercommit.records.ids import uuid7
 from aftercommit.runner.around import around
-from aftercommit.runner.ending import End, Gone, async_end, end
+from aftercommit.runner.outcome import ClaimGone, Outcome
+from aftercommit.runner.recording import async_end, end
 from aftercommit.runner.run import Run
 from aftercommit.runner.shells import try_async, try_sync
 from aftercommit.sessions import simulate_commits
@@ -80,6 +81,7 @@ class Tasks:
         self._worker = uuid7()
         self._pending: list[PendingTask] = []
         self.stopping = threading.Event()
+        self.loop: asyncio.AbstractEventLoop | None = None
 
     @property
     def pending(self) -> tuple[PendingTask, ...]:
@@ -115,7 +117,7 @@ class Tasks:
         """Take over what was committed."""
         self._pending += [PendingTask(entry) for entry in entries if entry.written or not entry.task.settings.durable]
 
-    # Ground and Bookkeeping of the shells: a task runs here as it does in a runner.
+    # RunContext and Bookkeeping of the shells: a task runs here as it does in a runner.
 
     @property
     def sessions(self) -> Any:
@@ -162,6 +164,7 @@ class Tasks:
             if pending.task.takes is not None:
                 # Raises, if this flavour is not to be had; the task stays pending.
                 self._db.sessions.scope(pending.task.settings.pool, pending.as_run().owner).end()
+            self.loop = asyncio.get_running_loop()
             return await asyncio.to_thread(self._run, pending)
         self._refuse_connection(pending)
         run = self._taken(pending)
@@ -201,8 +204,8 @@ class Tasks:
         return lambda connection: moves.claim_one(connection, run.id, worker=self._worker)
 
 
-def _step_after(error: BaseException) -> End:
-    return Gone() if isinstance(error, LostClaim) else GiveUp(reason="a test runs a task once")
+def _step_after(error: BaseException) -> Outcome:
+    return ClaimGone() if isinstance(error, LostClaim) else GiveUp(reason="a test runs a task once")
 
 
 class replace:  # noqa: N801  # reads as a verb: `with replace(db, url=…) as tasks:`

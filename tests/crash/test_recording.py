@@ -31,7 +31,7 @@ class Said(logging.Handler):
 @pytest.fixture
 def given_up() -> Iterator[Said]:
     """That the end of a run could not be recorded."""
-    said, logger = Said("could not be recorded"), logging.getLogger("aftercommit.runner.ending")
+    said, logger = Said("could not be recorded"), logging.getLogger("aftercommit.runner.recording")
     logger.addHandler(said)
     yield said
     logger.removeHandler(said)

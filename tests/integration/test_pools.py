@@ -14,8 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, NullPool, QueuePool, StaticPool, create_engine, event, insert, select, text, update
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import (
+    Connection,
+    Engine,
+    NullPool,
+    QueuePool,
+    StaticPool,
+    create_engine,
+    event,
+    insert,
+    select,
+    text,
+    update,
+)
+from sqlalchemy.exc import IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -915,3 +927,43 @@ def test_a_dropped_connection_gives_the_write_lock_back(database):
             assert other.execute("SELECT count(*) FROM t").fetchone() == (0,)
         del cursor
     db.dispose()
+
+
+@pytest.mark.drivers("psycopg")
+@pytest.mark.parametrize("native", [False, True], ids=["sync", "async"])
+def test_psycopg_says_nothing_of_pipelines_that_end_in_an_error(
+    database: DatabaseUnderTest, native: bool, caplog: pytest.LogCaptureFixture
+):
+    """An ``executemany`` that fails is told of by its error; psycopg's line about its pipeline is left out."""
+    db = Database(database.url)
+    # So many that some are still on their way when the first error comes back.
+    rows = [{"id": 1}] * 5000
+
+    def fail(connection: Connection) -> None:
+        connection.exec_driver_sql("CREATE TABLE counter (id integer PRIMARY KEY)")
+        connection.execute(text("INSERT INTO counter (id) VALUES (:id)"), rows)
+
+    async def run() -> None:
+        try:
+            async with db.async_engine().begin() as connection:
+                await connection.run_sync(fail)
+        finally:
+            await db.async_dispose()
+
+    def run_plain() -> None:
+        try:
+            with db.engine().begin() as connection:
+                fail(connection)
+        finally:
+            db.dispose()
+
+    with pytest.raises(IntegrityError):
+        asyncio.run(run()) if native else run_plain()
+
+    assert [each.getMessage() for each in caplog.records if each.name == "psycopg"] == []
+    # Anybody else's line is there as before.
+    with create_engine(database.sync_url, poolclass=NullPool).connect() as connection, pytest.raises(IntegrityError):
+        fail(connection)
+    said = [each.getMessage() for each in caplog.records if each.name == "psycopg"]
+    assert said
+    assert all(each.startswith("error ignored terminating") for each in said)

@@ -4,6 +4,9 @@ import asyncio
 import dataclasses
 import pickle
 from random import Random
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given
@@ -19,7 +22,19 @@ from aftercommit.errors import (
     RowGone,
     TaskTimeout,
 )
-from aftercommit.tasks.retry import CONFLICT_LIMIT, UNIQUE_LIMIT, Again, GiveUp, Repeats, Retry, backoff, decide
+from aftercommit.records.statement import Statement
+from aftercommit.tasks.retry import (
+    CANCELLED_LIMIT,
+    CONFLICT_LIMIT,
+    UNIQUE_LIMIT,
+    Again,
+    GiveUp,
+    Repeats,
+    Retry,
+    Tries,
+    backoff,
+    decide,
+)
 from aftercommit.tasks.transient import Fault, describe, fault_of, is_disconnect
 
 
@@ -46,6 +61,17 @@ def wrapped(orig: Exception, *, invalidated: bool = False) -> exc.DBAPIError:
     return error
 
 
+def cancelled_in_ours(error: Exception) -> Exception:
+    """*error*, as it comes out of a statement of the library's own."""
+    dialect = SimpleNamespace(name="postgresql", paramstyle="pyformat")
+    connection: Any = SimpleNamespace(dialect=dialect, exec_driver_sql=Mock(side_effect=error))
+    with pytest.raises(type(error)) as raised:
+        Statement("SELECT 1").execute(connection, {})
+    return raised.value
+
+
+CANCELLED = wrapped(psycopg_error("57014", "QueryCanceled"))
+OURS_CANCELLED = cancelled_in_ours(wrapped(psycopg_error("57014", "QueryCanceled")))
 CONFLICT = wrapped(psycopg_error("40001", "SerializationFailure"))
 UNIQUE = wrapped(psycopg_error("23505", "UniqueViolation"))
 STALE = wrapped(psycopg_error("25006", "ReadOnlySqlTransaction"))
@@ -58,7 +84,7 @@ ABORTED = wrapped(psycopg_error("25P02", "InFailedSqlTransaction"))
 BUG = KeyError("jane@example.org")
 NAMED = ConnectionError("the mail server is down")
 
-ERRORS = [CONFLICT, UNIQUE, STALE, IDLE, REFUSED, MISSING, ABORTED, BUG, NAMED, exc.TimeoutError()]
+ERRORS = [CONFLICT, UNIQUE, STALE, IDLE, REFUSED, MISSING, ABORTED, BUG, NAMED, exc.TimeoutError(), OURS_CANCELLED]
 
 seconds = st.floats(min_value=0, max_value=1e9)
 policies = st.builds(
@@ -73,6 +99,7 @@ repeated = st.builds(
     conflict_seconds=st.floats(min_value=0, max_value=100),
     uniques=st.integers(min_value=0, max_value=10),
     stales=st.integers(min_value=0, max_value=3),
+    cancels=st.integers(min_value=0, max_value=10),
 )
 seeds = st.integers(min_value=0).map(Random)
 
@@ -204,10 +231,10 @@ def test_a_conflict_never_counts_and_never_ends_a_task(policy, attempt, repeats,
 
 @given(st.data(), policies, seeds)
 def test_every_sequence_of_errors_ends_once_conflicts_do(data, policy, rng):
-    """Nothing else can keep a task going for ever: at most four repeats in place for each attempt."""
+    """Nothing else can keep a task going for ever: at most seven repeats in place for each attempt."""
     errors = [error for error in ERRORS if error is not CONFLICT]
     attempt, repeats = 1, Repeats()
-    limit = policy.attempts * (1 + UNIQUE_LIMIT + 1)
+    limit = policy.attempts * (1 + UNIQUE_LIMIT + CANCELLED_LIMIT + 1)
 
     for _ in range(limit):
         decision = decide(
@@ -231,6 +258,7 @@ def test_every_sequence_of_errors_ends_once_conflicts_do(data, policy, rng):
                 conflict_seconds=repeats.conflict_seconds + 4,
                 uniques=repeats.uniques + 1,
                 stales=repeats.stales + 1,
+                cancels=repeats.cancels + 1,
             )
 
     else:
@@ -314,6 +342,70 @@ def test_a_unique_violation_deserves_a_few_tries_even_a_caught_one(error, saw_un
         assert (decision.in_place, decision.counts) == (True, False)
         assert decision.delay <= 0.1
     assert isinstance(decisions[3], GiveUp)
+
+
+@pytest.mark.parametrize("wrap", [False, True], ids=["bare", "wrapped"])
+def test_what_cancels_a_statement_of_ours_is_told_from_what_cancels_the_task_s(wrap):
+    """By the way that the error came, also below an error of the application."""
+
+    def seen(error: Exception) -> BaseException:
+        if not wrap:
+            return error
+        mine = RuntimeError("mine")
+        mine.__cause__ = error
+        return mine
+
+    assert fault_of(seen(OURS_CANCELLED)) is Fault.CANCELLED
+    assert fault_of(seen(CANCELLED)) is (Fault.APPLICATION if wrap else Fault.PERMANENT)
+    assert not is_disconnect(OURS_CANCELLED)
+
+
+@pytest.mark.parametrize(
+    ("error", "saw_cancelled"),
+    [(OURS_CANCELLED, False), (BUG, True), (ABORTED, True)],
+    ids=["raised", "caught", "aborted"],
+)
+def test_what_cancels_a_statement_of_ours_is_repeated_and_then_an_attempt(error, saw_cancelled):
+    """Three times in place; then it is an attempt, and what the function made of it stands."""
+    decisions = [
+        after(error, repeats=Repeats(cancels=n), saw_cancelled=saw_cancelled) for n in range(CANCELLED_LIMIT + 1)
+    ]
+
+    assert all(isinstance(each, Again) and each.in_place and not each.counts for each in decisions[:-1])
+    if error is OURS_CANCELLED:
+        assert isinstance(decisions[-1], Again)
+        assert decisions[-1].counts
+        assert isinstance(after(error, repeats=Repeats(cancels=CANCELLED_LIMIT), attempt=5), GiveUp)
+    else:
+        assert isinstance(decisions[-1], GiveUp)
+
+
+@pytest.mark.parametrize("error", [CONFLICT, UNIQUE, OURS_CANCELLED], ids=describe)
+def test_once_means_once_only_for_what_was_called(error):
+    """``Retry(attempts=1)``: what was not called yet may be called."""
+    once = Retry(attempts=1)
+
+    assert isinstance(after(error, once), GiveUp)
+    assert isinstance(after(error, once, was_called=False), Again)
+    assert isinstance(after(REFUSED, once, was_called=False), GiveUp)
+
+
+@given(st.lists(st.sampled_from([CONFLICT, UNIQUE, STALE, OURS_CANCELLED]), max_size=8), seeds)
+def test_each_repeat_is_counted_as_what_it_is_for(errors, rng):
+    """And the time of conflicts begins with the first."""
+    tries, counted = Tries(), []
+
+    for second, error in enumerate(errors):
+        step = after(error, repeats=tries.seen_at(second / 100), rng=rng)
+        if isinstance(step, Again) and not step.counts:
+            tries.count(step, second / 100)
+            counted.append(step.because)
+
+    repeats = tries.repeats
+    assert [repeats.conflicts, repeats.uniques, repeats.stales, repeats.cancels] == [
+        counted.count(fault) for fault in (Fault.CONFLICT, Fault.UNIQUE, Fault.STALE, Fault.CANCELLED)
+    ]
+    assert (tries.conflict_since is None) is (CONFLICT not in errors)
 
 
 @pytest.mark.parametrize("error", [BUG, ABORTED], ids=describe)

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
 from aftercommit.batches.chunks import Handling, Settled, repeated, run_chunk
-from aftercommit.batches.flavour import AsyncFlavour, Flavour, SyncFlavour, is_async_callable
+from aftercommit.batches.flavour import AsyncFlavour, Flavour, SyncFlavour
 from aftercommit.batches.lanes import Lane, bare
 from aftercommit.batches.progress import Teller, teller
 from aftercommit.batches.report import MAX_FAILURES_KEPT, BatchFailure, BatchReport
@@ -17,7 +17,7 @@ from aftercommit.batches.sources import Chunk, Source, source_of
 from aftercommit.batches.stretches import Stretch, gaps, merged
 from aftercommit.errors import BatchError, BatchStopped, ConfigurationError
 from aftercommit.records import moves, positions
-from aftercommit.sessions import Owner, user_line
+from aftercommit.sessions import Owner, is_async_callable, user_line
 from aftercommit.tasks import CurrentRun, current_run
 
 if TYPE_CHECKING:
@@ -26,12 +26,11 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection
     from sqlalchemy.orm import Session
 
-    from aftercommit.batches.flavour import Opened
     from aftercommit.batches.options import Options
     from aftercommit.runner import Outbox
     from aftercommit.runner.lanes import Lane as Place
     from aftercommit.runner.run import Run
-    from aftercommit.sessions import SessionFactory
+    from aftercommit.sessions import Opened, SessionFactory
     from aftercommit.tasks.retry import Again
 
 __all__ = ["Batch", "Home", "async_run_batch", "run_batch"]

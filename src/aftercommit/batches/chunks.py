@@ -15,7 +15,7 @@ import random
 import time
 from collections import deque
 from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
@@ -26,7 +26,7 @@ from sqlalchemy.orm import InstanceState, Session
 from aftercommit.batches.stretches import Stretch
 from aftercommit.errors import BatchError, BatchStopped, LostClaim, TaskTimeout
 from aftercommit.sessions import at_every_commit
-from aftercommit.tasks.retry import UNIQUE_LIMIT, Again, Repeats, Retry, decide
+from aftercommit.tasks.retry import UNIQUE_LIMIT, Again, Repeats, Retry, Tries, decide
 from aftercommit.tasks.transient import Fault, fault_of
 
 if TYPE_CHECKING:
@@ -34,14 +34,15 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    from aftercommit.batches.flavour import Flavour, Opened
+    from aftercommit.batches.flavour import Flavour
     from aftercommit.batches.sources import Chunk, Loaded, Source
+    from aftercommit.sessions import Opened
 
 __all__ = ["Handling", "Seen", "Settled", "note_fault", "repeated", "run_chunk"]
 
 _POLICY: Final = Retry()
 _rng = random.Random()  # noqa: S311  # jitter, not secrets
-_TRANSIENT: Final = frozenset({Fault.CONFLICT, Fault.CONNECTION, Fault.STALE, Fault.IDLE})
+_TRANSIENT: Final = frozenset({Fault.CONFLICT, Fault.CONNECTION, Fault.STALE, Fault.IDLE, Fault.CANCELLED})
 _ABORTING: Final = (BatchError, BatchStopped, LostClaim, TaskTimeout)
 
 
@@ -129,33 +130,26 @@ class _Tries:
     """What one chunk has been repeated for."""
 
     attempt: int = 1
-    repeats: Repeats = field(default_factory=lambda: Repeats(uniques=UNIQUE_LIMIT))
-    since: float | None = None
+    tries: Tries = field(default_factory=lambda: Tries(Repeats(uniques=UNIQUE_LIMIT)))
 
     def judge(self, error: BaseException, seen: Seen) -> Again | None:
         """Whether the chunk is to be run again; None where *error* does not pass by itself."""
-        if self.since is not None:
-            self.repeats = replace(self.repeats, conflict_seconds=time.monotonic() - self.since)
         step = decide(
             error,
             policy=_POLICY,
             attempt=self.attempt,
-            repeats=self.repeats,
+            repeats=self.tries.seen_at(time.monotonic()),
             saw_unique=False,
             saw_conflict=seen.conflict,
             rng=_rng,
         )
         return step if isinstance(step, Again) else None
 
-    def count(self, error: BaseException, step: Again) -> None:
+    def count(self, step: Again) -> None:
         """Count the repeat that follows."""
         if step.counts:
             self.attempt += 1
-        elif fault_of(error) is Fault.STALE:
-            self.repeats = replace(self.repeats, stales=self.repeats.stales + 1)
-        else:
-            self.since = self.since or time.monotonic()
-            self.repeats = replace(self.repeats, conflicts=self.repeats.conflicts + 1)
+        self.tries.count(step, time.monotonic())
 
 
 def repeated(work: Callable[[], Any], flavour: Flavour) -> Any:
@@ -168,7 +162,7 @@ def repeated(work: Callable[[], Any], flavour: Flavour) -> Any:
             step = None if isinstance(exc, _ABORTING) else tries.judge(exc, seen)
             if step is None:
                 raise
-            tries.count(exc, step)
+            tries.count(step)
             flavour.wait(step.delay)
 
 
@@ -300,7 +294,7 @@ class _Chunk:
         step = self._tries.judge(error, self._seen)
         if step is None:
             return False
-        self._tries.count(error, step)
+        self._tries.count(step)
         self._handling.repeating(step)
         self._handling.flavour.wait(step.delay)
         # A claim that was lost shows as a conflict, too, and then the handler must not run again.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import inspect
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
@@ -16,39 +15,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from sqlalchemy.util import await_only, greenlet_spawn
 
+from aftercommit.sessions import AsyncOpened, SyncOpened
+
 if TYPE_CHECKING:
-    from sqlalchemy.orm import Session
+    from aftercommit.sessions import Opened, Owner, SessionFactory
 
-    from aftercommit.sessions import AsyncScope, Owner, Scope, SessionFactory
-
-__all__ = ["AsyncFlavour", "Flavour", "SyncFlavour", "is_async_callable"]
-
-
-def is_async_callable(function: object) -> bool:
-    """Whether calling *function* gives something to await."""
-    return inspect.iscoroutinefunction(function) or inspect.iscoroutinefunction(
-        getattr(function, "__call__", None)  # noqa: B004  # not whether it is callable: what is called
-    )
-
-
-class Opened(Protocol):
-    """A session of one chunk, or of one look."""
-
-    @property
-    def plain(self) -> Session:
-        """The ``Session``, or what is behind the ``AsyncSession``."""
-        ...
-
-    @property
-    def given(self) -> Any:
-        """What a handler is given."""
-        ...
-
-    def commit(self) -> None:
-        """Commit, whatever is cancelled meanwhile."""
-
-    def end(self) -> None:
-        """Roll back what was not committed, and end it for good."""
+__all__ = ["AsyncFlavour", "Flavour", "SyncFlavour"]
 
 
 class Flavour(Protocol):
@@ -83,21 +55,6 @@ class Flavour(Protocol):
         """Let nobody wait any longer, because the batch is ending; *abort*: cancel the lanes that can be."""
 
 
-class _SyncOpened:
-    __slots__ = ("given", "plain", "scope")
-
-    def __init__(self, scope: Scope) -> None:
-        self.scope = scope
-        self.plain: Session = scope.session
-        self.given: Any = scope.session
-
-    def commit(self) -> None:
-        self.scope.session.commit()
-
-    def end(self) -> None:
-        self.scope.end()
-
-
 class SyncFlavour:
     """Threads and plain sessions."""
 
@@ -108,11 +65,11 @@ class SyncFlavour:
 
     def open(self, sessions: SessionFactory, pool: str, owner: Owner, level: str | None, *, reads: bool) -> Opened:
         """Open a plain session."""
-        return _SyncOpened(sessions.scope(pool, owner) if reads else sessions.task_scope(pool, owner, level))
+        return SyncOpened(sessions.scope(pool, owner) if reads else sessions.task_scope(pool, owner, level))
 
     def call(self, function: Callable[..., Any], opened: Opened, *args: Any) -> Any:
         """Call it."""
-        return function(opened.given, *args)
+        return opened.call(function, *args)
 
     def following(self, source: Any) -> Any:
         """The next value."""
@@ -144,21 +101,6 @@ class SyncFlavour:
         self._ending.set()
 
 
-class _AsyncOpened:
-    __slots__ = ("given", "plain", "scope")
-
-    def __init__(self, scope: AsyncScope) -> None:
-        self.scope = scope
-        self.plain: Session = scope.session.sync_session
-        self.given: Any = scope.session
-
-    def commit(self) -> None:
-        await_only(self.scope.commit())
-
-    def end(self) -> None:
-        await_only(self.scope.end())
-
-
 class AsyncFlavour:
     """Greenlets of asyncio tasks, and async sessions."""
 
@@ -169,15 +111,13 @@ class AsyncFlavour:
 
     def open(self, sessions: SessionFactory, pool: str, owner: Owner, level: str | None, *, reads: bool) -> Opened:
         """Open an async session."""
-        return _AsyncOpened(
+        return AsyncOpened(
             sessions.async_scope(pool, owner) if reads else sessions.async_task_scope(pool, owner, level)
         )
 
     def call(self, function: Callable[..., Any], opened: Opened, *args: Any) -> Any:
         """Await an ``async def`` with the ``AsyncSession``; a ``def`` is given the plain one behind it."""
-        if is_async_callable(function):
-            return await_only(function(opened.given, *args))
-        return function(opened.plain, *args)
+        return opened.call(function, *args)
 
     def following(self, source: Any) -> Any:
         """The next value."""

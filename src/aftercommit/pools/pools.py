@@ -12,7 +12,7 @@ from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from aftercommit.errors import ConfigurationError
-from aftercommit.pools import network, sqlite, views
+from aftercommit.pools import network, pipelines, sqlite, views
 from aftercommit.pools.options import check_options, engine_options, engine_url
 from aftercommit.pools.register import Register
 from aftercommit.pools.settings import PoolSettings
@@ -222,6 +222,7 @@ class Pools:
             sqlite.set_up(engine)
         else:
             network.set_up(engine)
+            pipelines.set_up(engine)
         if settings.pool_pre_ping and not self.is_sqlite:
             event.listen(engine, "checkin", _remember_idle)
             event.listen(engine, "checkout", partial(_ping_when_idle, engine))

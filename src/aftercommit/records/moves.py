@@ -108,11 +108,13 @@ class Standing:
     Attributes:
         is_held: Whether the record still says that it runs under this claim.
         is_done: Whether it succeeded under this claim.
+        has_failed: Whether it failed for good under this claim.
         checkpoint: What was saved last, as JSON text.
     """
 
     is_held: bool
     is_done: bool
+    has_failed: bool
     checkpoint: str | None
 
 
@@ -177,9 +179,16 @@ def standing(connection: Connection, claim: Claim) -> Standing:
         sqlalchemy.exc.DBAPIError: With 55P03 while somebody else is changing the record.
     """
     row = _STANDING.execute(connection, {"id": claim.id}).first()
-    if row is None or (row[1], row[2]) != (claim.attempt, claim.claims):
-        return Standing(is_held=False, is_done=False, checkpoint=None)
-    return Standing(is_held=row[0] == "running", is_done=row[0] == "succeeded", checkpoint=row[3])
+    if row is None or row[2] != claim.claims:
+        return Standing(is_held=False, is_done=False, has_failed=False, checkpoint=None)
+    # A failure caps the attempt at what there may be.
+    is_same = row[1] == claim.attempt
+    return Standing(
+        is_held=is_same and row[0] == "running",
+        is_done=is_same and row[0] == "succeeded",
+        has_failed=row[0] == "failed",
+        checkpoint=row[3],
+    )
 
 
 def save_checkpoint(connection: Connection, claim: Claim, value: str) -> bool:

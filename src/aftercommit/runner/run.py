@@ -15,8 +15,8 @@ from aftercommit.records import moves
 from aftercommit.records.moves import Claim, Failure
 from aftercommit.sessions import Owner, at_every_commit
 from aftercommit.tasks.current import CurrentRun, current_run
-from aftercommit.tasks.retry import Repeats
-from aftercommit.tasks.transient import Fault, fault_of
+from aftercommit.tasks.retry import Tries
+from aftercommit.tasks.transient import Fault, cancels_ours, fault_of
 
 if TYPE_CHECKING:
     import asyncio
@@ -52,7 +52,8 @@ class Run:
         pool: The pool it was asked for in, and runs in; the task's own by default.
         on_progress: Called when the task tells of its progress.
         on_deadline: Called when a try begins that has a time limit.
-        repeats: What this claim has been repeated for.
+        tries: What this claim has been repeated for.
+        repeated: How often, attempts included.
         started: When it started here, by the monotonic clock; 0.0 before.
         deadline: When its time is over, by the monotonic clock; None without a limit.
         job: The asyncio task that runs it, of an async task.
@@ -60,6 +61,7 @@ class Run:
         abandoned: Why nothing of it may be committed any more, or None.
         is_taken_over: Whether somebody else records its end: it hangs.
         is_committed: Whether its last commit is done.
+        was_called: Whether the task's function was called, under this claim.
     """
 
     task: Task[Any, Any]
@@ -75,9 +77,8 @@ class Run:
     pool: str = ""
     on_progress: Callable[[Run], None] | None = None
     on_deadline: Callable[[Run], None] | None = None
-    repeats: Repeats = field(default_factory=Repeats)
+    tries: Tries = field(default_factory=Tries)
     repeated: int = 0
-    conflict_since: float | None = None
     started: float = 0.0
     deadline: float | None = None
     job: asyncio.Task[None] | None = None
@@ -85,6 +86,7 @@ class Run:
     abandoned: Exception | None = None
     is_taken_over: bool = False
     is_committed: bool = False
+    was_called: bool = False
     current: CurrentRun = field(init=False)
     session: Session | None = None
     connection: Connection | None = None
@@ -151,6 +153,10 @@ class Run:
         if self.current.stopped_by is not None:
             # A thread that hangs still has the old one, and is to be told.
             self.current = self._make_current(None)
+
+    def renew_current(self) -> None:
+        """Forget what was seen during an earlier try, for code that runs beside the task's function."""
+        self.current = self._make_current(self.checkpoint)
 
     def close(self) -> None:
         """Let go of everything that may be large or alive: somebody may keep the run, nobody what it ran with."""
@@ -297,6 +303,7 @@ def note_fault(context: Any) -> None:
     fault = fault_of(context.sqlalchemy_exception or context.original_exception)
     run.saw_unique = run.saw_unique or fault is Fault.UNIQUE
     run.saw_conflict = run.saw_conflict or fault is Fault.CONFLICT
+    run.saw_cancelled = run.saw_cancelled or cancels_ours(context.sqlalchemy_exception or context.original_exception)
 
 
 def stop_at_statement(_connection: Connection, _statement: str) -> None:

@@ -20,9 +20,10 @@ from aftercommit.records import moves, notifying, waiting, workers
 from aftercommit.records.ids import uuid7
 from aftercommit.runner.around import around
 from aftercommit.runner.bookkeeper import Bookkeeper
-from aftercommit.runner.ending import end, judge, tell_failed
 from aftercommit.runner.lanes import Lane
 from aftercommit.runner.listening import Herald, Listener
+from aftercommit.runner.outcome import decide_outcome
+from aftercommit.runner.recording import end, tell_failed
 from aftercommit.runner.rounds import OVERRUN_SECONDS, Pace, Rounds, is_lost
 from aftercommit.runner.run import Run, failure_of, now
 from aftercommit.runner.shells import run_async, run_sync
@@ -228,7 +229,11 @@ class Runner:
         for run in runs:
             if run.claim is None:
                 self._report_memory_lost(run)
-        mine = [run for run in runs if run.claim is not None]
+            elif _is_left_to_others(run):
+                self._let_go(run)
+        # What may not begin again has failed. Its `on_failure` is called by the worker that finds it without one: this
+        # process has no time left for the application's code.
+        mine = [run for run in runs if run.claim is not None and not _is_left_to_others(run)]
         given: list[Run] = []
         failed: list[Run] = []
         if not mine:
@@ -260,8 +265,9 @@ class Runner:
                     try:
                         await self.books.async_call(work)
                     except DBAPIError as exc:
-                        if fault_of(exc) is not Fault.CONFLICT:
+                        if fault_of(exc) not in (Fault.CONFLICT, Fault.CANCELLED):
                             raise
+                        await asyncio.sleep(0.01)
                     else:
                         return
         except TimeoutError as exc:
@@ -490,7 +496,7 @@ class Runner:
         error = run.abandoned if isinstance(run.abandoned, TaskTimeout) else run.overdue()
         try:
             with around(run, watched=False):
-                end(run, error, judge(run, error), self)
+                end(run, error, decide_outcome(run, error), self)
             # What it was given is still used by the thread that hangs, so the run is not closed.
             self.held.pop(run.id, None)
         finally:
@@ -582,6 +588,10 @@ class Runner:
 
 def _may_not_begin_again(run: Run) -> bool:
     return bool(run.started) and run.task.settings.retry.attempts == 1
+
+
+def _is_left_to_others(run: Run) -> bool:
+    return _may_not_begin_again(run) and run.task.settings.on_failure is not None
 
 
 def _write_back(connection: Connection, run: Run) -> bool:

@@ -7,35 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
-from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
-
-from sqlalchemy.exc import SQLAlchemyError
+from itertools import count
+from typing import TYPE_CHECKING, Any
 
 from aftercommit.errors import TaskTimeout
 from aftercommit.records import moves
 from aftercommit.runner.around import around
-from aftercommit.runner.ending import (
-    Bookkeeping,
-    End,
-    GiveBack,
-    Ground,
-    Worker,
-    async_end,
-    async_still_ours,
-    end,
-    judge,
-    note_repeat,
-    still_ours,
-    succeeded,
-    worn_out,
-)
+from aftercommit.runner.on_failure import note_leaving
+from aftercommit.runner.outcome import Bookkeeping, GiveBack, Outcome, RunContext, decide_outcome, worn_out
+from aftercommit.runner.recording import async_end, async_still_ours, end, note_repeat, still_ours, succeeded
 from aftercommit.runner.run import Run
-from aftercommit.sessions import has_begun
+from aftercommit.sessions import has_begun, to_the_end
 from aftercommit.tasks.context import logged
 from aftercommit.tasks.current import as_current
-from aftercommit.tasks.retry import Again, GiveUp
+from aftercommit.tasks.retry import CANCELLED_LIMIT, Again, GiveUp
 from aftercommit.tasks.transient import Fault, describe, fault_of
 
 if TYPE_CHECKING:
@@ -44,66 +29,63 @@ if TYPE_CHECKING:
 
     from aftercommit.sessions import AsyncScope, Scope
 
-__all__ = ["Bookkeeping", "Ground", "Worker", "run_async", "run_sync", "to_the_end", "try_async", "try_sync"]
-
-logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
+__all__ = ["Bookkeeping", "RunContext", "run_async", "run_sync", "try_async", "try_sync"]
 
 
 # --- sync -------------------------------------------------------------------------------------------------------
 
 
-def run_sync(run: Run, ground: Worker, *, ask_first: bool = False) -> None:
+def run_sync(run: Run, context: RunContext, *, ask_first: bool = False) -> None:
     """Run a ``def`` task to the end of its claim, in a thread of its pool.
 
     Args:
         run: The claim.
-        ground: What it stands on.
+        context: What it stands on.
         ask_first: Whether this worker was silent for so long that the claim may be somebody else's by now.
     """
     with around(run):
-        _run_sync(run, ground, ask_first=ask_first)
+        _run_sync(run, context, ask_first=ask_first)
 
 
-def _run_sync(run: Run, ground: Worker, *, ask_first: bool) -> None:
+def _run_sync(run: Run, context: RunContext, *, ask_first: bool) -> None:
     ended = _ended_before(run)
     if ended is not None:
-        end(run, *ended, ground)
+        end(run, *ended, context)
         return
-    if ask_first and run.claim is not None and not still_ours(run, ground):
+    if ask_first and run.claim is not None and not still_ours(run, context):
         return
     run.begin()
     while True:
-        error = try_sync(run, ground)
+        error = try_sync(run, context)
         if error is None:
             succeeded(run)
             return
         if run.is_taken_over:
             return
-        step: End = judge(run, error)
-        if not (isinstance(step, Again) and step.in_place):
+        outcome: Outcome = decide_outcome(run, error)
+        if not (isinstance(outcome, Again) and outcome.in_place):
             break
-        note_repeat(run, error, step)
-        if ground.stopping.wait(step.delay) or run.stopping:
+        note_repeat(run, error, outcome)
+        if context.stopping.wait(outcome.delay) or run.stopping:
             run.stopping = True
-            step = judge(run, error)
+            outcome = decide_outcome(run, error)
             break
-        if run.claim is not None and not still_ours(run, ground):
+        if run.claim is not None and not still_ours(run, context):
             return
-    end(run, error, step, ground)
+    end(run, error, outcome, context)
 
 
-def try_sync(run: Run, ground: Ground) -> BaseException | None:
+def try_sync(run: Run, context: RunContext) -> BaseException | None:
     """Run the function once, in a session of its own; return what went wrong."""
-    if ground.sessions.is_async_only:
-        return _try_without_session(run, ground)
-    scope = ground.sessions.task_scope(run.pool, run.owner, run.task.settings.isolation_level)
+    if context.sessions.is_async_only:
+        return _try_without_session(run, context)
+    scope = context.sessions.task_scope(run.pool, run.owner, run.task.settings.isolation_level)
     session = scope.session
     try:
         run.prepare(session)
         with logged(run.current), as_current(run.current):
             args, kwargs = run.task.arguments.load(session, run.arguments, run_id=run.id)
+            run.was_called = True
             result = run.task.function(*_with_session(run, session, args), **kwargs)
             run.finish_with(result)
             _last_commit(session, run)
@@ -114,68 +96,79 @@ def try_sync(run: Run, ground: Ground) -> BaseException | None:
     return None
 
 
-def _try_without_session(run: Run, ground: Ground) -> BaseException | None:
+def _try_without_session(run: Run, context: RunContext) -> BaseException | None:
     """Run a ``def`` task that takes no session, where the URL's driver has no sync flavour."""
     try:
         with logged(run.current), as_current(run.current):
             args, kwargs = run.task.arguments.load(None, run.arguments, run_id=run.id)
+            run.was_called = True
             result = run.task.results.store(run.task.function(*args, **kwargs), task=run.name)
-        _finish_without_session(run, result, ground)
+        _finish_without_session(run, result, context)
     except BaseException as exc:  # noqa: BLE001  # it is judged, recorded and told of; nothing is swallowed
         return exc
     return None
 
 
-def _finish_without_session(run: Run, result: str | None, ground: Ground) -> None:
+def _finish_without_session(run: Run, result: str | None, context: RunContext) -> None:
     claim = run.claim
-    if run.abandoned is not None:
-        raise run.abandoned
-    if claim is not None and not ground.books.call(lambda connection: moves.finish(connection, claim, result)):
-        raise run.lost()
+    for number in count(1):
+        if run.abandoned is not None:
+            raise run.abandoned
+        if claim is None:
+            return
+        try:
+            if context.books.call(lambda connection: moves.finish(connection, claim, result)):
+                return
+        except Exception as exc:
+            # In a transaction of its own, this can be repeated by itself: what the function did is done.
+            if fault_of(exc) is not Fault.CANCELLED or number > CANCELLED_LIMIT:
+                raise
+        else:
+            raise run.lost()
 
 
 # --- async ------------------------------------------------------------------------------------------------------
 
 
-async def run_async(run: Run, ground: Worker, *, ask_first: bool = False) -> None:
+async def run_async(run: Run, context: RunContext, *, ask_first: bool = False) -> None:
     """Run an ``async def`` task to the end of its claim, on the event loop; cancelled, it is settled all the same.
 
     Args:
         run: The claim.
-        ground: What it stands on.
+        context: What it stands on.
         ask_first: Whether this worker was silent for so long that the claim may be somebody else's by now.
     """
     with around(run):
-        await _run_async(run, ground, ask_first=ask_first)
+        await _run_async(run, context, ask_first=ask_first)
 
 
-async def _run_async(run: Run, ground: Worker, *, ask_first: bool) -> None:
+async def _run_async(run: Run, context: RunContext, *, ask_first: bool) -> None:
     ended = _ended_before(run)
     if ended is not None:
-        await _settle(run, *ended, ground)
+        await _settle(run, *ended, context)
         return
-    if ask_first and run.claim is not None and not await async_still_ours(run, ground):
+    if ask_first and run.claim is not None and not await async_still_ours(run, context):
         return
     run.begin()
     while True:
-        error = await try_async(run, ground)
+        error = await try_async(run, context)
         if error is None:
             succeeded(run)
             return
         if run.is_taken_over:
             return
-        step = judge(run, error, cancelled=_is_cancelled())
-        if not (isinstance(step, Again) and step.in_place):
+        outcome = decide_outcome(run, error, cancelled=_is_cancelled())
+        if not (isinstance(outcome, Again) and outcome.in_place):
             break
-        note_repeat(run, error, step)
+        note_repeat(run, error, outcome)
         try:
-            await _pause(step.delay)
-            if run.claim is not None and not await async_still_ours(run, ground):
+            await _pause(outcome.delay)
+            if run.claim is not None and not await async_still_ours(run, context):
                 return
         except asyncio.CancelledError as exc:
-            error, step = exc, judge(run, exc, cancelled=True)
+            error, outcome = exc, decide_outcome(run, exc, cancelled=True)
             break
-    await _settle(run, error, step, ground)
+    await _settle(run, error, outcome, context)
 
 
 async def _pause(seconds: float) -> None:
@@ -185,9 +178,9 @@ async def _pause(seconds: float) -> None:
     await asyncio.sleep(seconds)
 
 
-async def try_async(run: Run, ground: Ground) -> BaseException | None:
+async def try_async(run: Run, context: RunContext) -> BaseException | None:
     """Run the function once, in a session of its own; return what went wrong."""
-    scope = ground.sessions.async_task_scope(run.pool, run.owner, run.task.settings.isolation_level)
+    scope = context.sessions.async_task_scope(run.pool, run.owner, run.task.settings.isolation_level)
     session = scope.session
     limit: asyncio.Timeout | None = None
     try:
@@ -220,6 +213,7 @@ async def _async_call(run: Run, session: AsyncSession) -> Any:
         args, kwargs = await session.run_sync(plan.load, run.arguments, run_id=run.id)
     else:
         args, kwargs = plan.load(session.sync_session, run.arguments, run_id=run.id)
+    run.was_called = True
     return await run.task.function(*_with_session(run, session, args), **kwargs)
 
 
@@ -229,29 +223,17 @@ def _last_commit_and_end(session: Session, run: Run, scope: AsyncScope) -> bool:
     try:
         return scope.end_within(session)
     except Exception as exc:  # noqa: BLE001  # told of in the next line
-        _note_leaving(scope.owner, exc)
+        note_leaving(scope.owner, exc)
         return True
 
 
-async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
-    """Await *work* to its end, however often the caller is cancelled meanwhile, and keep the cancellation to itself.
-
-    Only for the innermost of what a run does: what it is part of asks ``_is_cancelled`` and settles the run.
-    """
-    task = asyncio.ensure_future(work)
-    while not task.done():
-        # The task's own error is raised below.
-        with contextlib.suppress(asyncio.CancelledError, Exception):
-            await asyncio.shield(task)
-    return task.result()
-
-
-async def _settle(run: Run, error: BaseException, step: End, ground: Worker) -> None:
-    try:
-        await to_the_end(async_end(run, error, step, ground))
-    except asyncio.CancelledError:
-        # A loop that closes cancels all tasks that there are, the innermost too, but only once.
-        await to_the_end(async_end(run, error, step, ground))
+async def _settle(run: Run, error: BaseException, outcome: Outcome, context: RunContext) -> None:
+    # A loop that closes cancels all tasks that there are, the innermost too, but only once.
+    for _ in range(2):
+        with contextlib.suppress(asyncio.CancelledError):
+            await to_the_end(async_end(run, error, outcome, context))
+            return
+    context.leave(run)
 
 
 def _is_cancelled() -> bool:
@@ -262,10 +244,10 @@ def _is_cancelled() -> bool:
 # --- what both do -----------------------------------------------------------------------------------------------
 
 
-def _ended_before(run: Run) -> tuple[BaseException, End] | None:
+def _ended_before(run: Run) -> tuple[BaseException, Outcome] | None:
     """What ended a run before it began, if anything did."""
     if run.abandoned is not None:
-        return run.abandoned, judge(run, run.abandoned)
+        return run.abandoned, decide_outcome(run, run.abandoned)
     if run.stopping:
         return asyncio.CancelledError(), GiveBack()
     error = worn_out(run)
@@ -293,7 +275,7 @@ def _leave(scope: Scope, error: BaseException | None) -> None:
             # Whoever still uses the session, though its task has ended, is waited for.
             scope.end()
     except Exception as exc:  # noqa: BLE001  # told of in the next line
-        _note_leaving(scope.owner, exc)
+        note_leaving(scope.owner, exc)
 
 
 async def _async_leave(scope: AsyncScope, error: BaseException | None) -> None:
@@ -305,13 +287,7 @@ async def _async_leave(scope: AsyncScope, error: BaseException | None) -> None:
             # Whoever still uses the session, though its task has ended, is waited for.
             await scope.end()
     except Exception as exc:  # noqa: BLE001  # told of in the next line
-        _note_leaving(scope.owner, exc)
-
-
-def _note_leaving(owner: object, error: Exception) -> None:
-    # What the run came to is known by now, and a connection that cannot even be closed is gone anyway.
-    known = isinstance(error, (SQLAlchemyError, OSError))
-    logger.log(logging.DEBUG if known else logging.ERROR, "Closing the session of %s failed", owner, exc_info=error)
+        note_leaving(scope.owner, exc)
 
 
 def _is_stale(error: BaseException | None) -> bool:

@@ -37,6 +37,7 @@ class CurrentRun:
         "id",
         "name",
         "restored",
+        "saw_cancelled",
         "saw_conflict",
         "saw_unique",
         "stopped_by",
@@ -57,6 +58,7 @@ class CurrentRun:
         self.restored = restored
         self.saw_unique = False
         self.saw_conflict = False
+        self.saw_cancelled = False
         self.stopped_by: Exception | None = None
         self.behind: Any = None
         """The runner's side of this run, for batches: its claim, its session, its deadline."""

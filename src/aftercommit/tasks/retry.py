@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from aftercommit.errors import CommitWithoutCheckpoint, ConfigurationError, LostClaim, PayloadError, RowGone
@@ -16,7 +16,7 @@ from aftercommit.tasks.transient import Fault, describe, fault_of, is_disconnect
 if TYPE_CHECKING:
     from random import Random
 
-__all__ = ["Again", "GiveUp", "Repeats", "Retry", "backoff", "decide"]
+__all__ = ["Again", "GiveUp", "Repeats", "Retry", "Tries", "backoff", "decide"]
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -111,12 +111,14 @@ class Again:
         in_place: Repeat here, under the same claim; else the record goes back ``queued``, due after the delay.
         counts: Whether the failed run used up an attempt.
         drop_connection: Whether the connection must be invalidated before the session gives it back.
+        because: What the run is repeated for, where that is no attempt.
     """
 
     delay: float
     in_place: bool
     counts: bool
     drop_connection: bool
+    because: Fault | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,12 +141,28 @@ class Repeats:
         conflict_seconds: How long ago the first of these conflicts was, in seconds; 0 before it.
         uniques: Repeats after unique violations.
         stales: Repeats after connections that had to be dropped.
+        cancels: Repeats after statements of the library's own were cancelled.
     """
 
     conflicts: int = 0
     conflict_seconds: float = 0.0
     uniques: int = 0
     stales: int = 0
+    cancels: int = 0
+
+    def after(self, step: Again) -> Repeats:
+        """What it will have been repeated for after *step*."""
+        match step.because:
+            case Fault.CONFLICT:
+                return replace(self, conflicts=self.conflicts + 1)
+            case Fault.UNIQUE:
+                return replace(self, uniques=self.uniques + 1)
+            case Fault.STALE:
+                return replace(self, stales=self.stales + 1)
+            case Fault.CANCELLED:
+                return replace(self, cancels=self.cancels + 1)
+            case _:
+                return self
 
 
 CONFLICT_LIMIT: Final = 10.0
@@ -152,6 +170,9 @@ CONFLICT_LIMIT: Final = 10.0
 
 UNIQUE_LIMIT: Final = 3
 """Repeats after unique violations in one claim."""
+
+CANCELLED_LIMIT: Final = 3
+"""Repeats in one claim after statements of the library's own were cancelled; the next one is an attempt."""
 
 _LATER: Final = (1.0, 5.0)
 """Seconds, from and to, before a run that went back because of conflicts is due again: at least long enough that
@@ -170,6 +191,8 @@ def decide(
     saw_unique: bool,
     rng: Random,
     saw_conflict: bool = False,
+    saw_cancelled: bool = False,
+    was_called: bool = True,
 ) -> Again | GiveUp:
     """Decide what follows a run that has begun and was ended by *error*.
 
@@ -186,14 +209,25 @@ def decide(
         rng: Source of randomness.
         saw_conflict: The same for conflicts. A function that catches one meets "transaction is aborted" next, or
             fails with an error of its own; repeated in place only, within the time limit.
+        saw_cancelled: The same for statements of the library's own that were cancelled.
+        was_called: Whether the function was called. Where it was not, because what it needs could not be had, a
+            repeat is its first call, even for ``Retry(attempts=1)``.
     """
     if isinstance(error, _FINAL):
         return GiveUp(reason=f"{type(error).__name__} does not pass by itself")
-    if policy.attempts == 1:
+    if policy.attempts == 1 and was_called:
         return GiveUp(reason=f"{describe(error)}; Retry(attempts=1) means once")
 
     fault = fault_of(error)
-    again = _repeat(error, fault, repeats=repeats, saw_unique=saw_unique, saw_conflict=saw_conflict, rng=rng)
+    again = _repeat(
+        error,
+        fault,
+        repeats=repeats,
+        saw_unique=saw_unique,
+        saw_conflict=saw_conflict,
+        saw_cancelled=saw_cancelled,
+        rng=rng,
+    )
     if again is not None:
         return again
     may_pass = fault in _ATTEMPTS or is_read_only(error)
@@ -205,25 +239,61 @@ def decide(
 
 
 def _repeat(
-    error: BaseException, fault: Fault, *, repeats: Repeats, saw_unique: bool, saw_conflict: bool, rng: Random
+    error: BaseException,
+    fault: Fault,
+    *,
+    repeats: Repeats,
+    saw_unique: bool,
+    saw_conflict: bool,
+    saw_cancelled: bool,
+    rng: Random,
 ) -> Again | None:
     """What is repeated without being asked, and is not an attempt."""
-    drop = is_disconnect(error)
+
+    def again(because: Fault, delay: float, *, in_place: bool = True) -> Again:
+        drop = because is Fault.STALE or is_disconnect(error)
+        return Again(delay=delay, in_place=in_place, counts=False, drop_connection=drop, because=because)
+
     if fault is Fault.CONFLICT or (saw_conflict and fault in _ENDS):
         if repeats.conflict_seconds < CONFLICT_LIMIT:
-            delay = backoff(_CONFLICTS, repeats.conflicts + 1, rng)
-            return Again(delay=delay, in_place=True, counts=False, drop_connection=drop)
+            return again(Fault.CONFLICT, backoff(_CONFLICTS, repeats.conflicts + 1, rng))
         if fault is Fault.CONFLICT:
-            return Again(delay=rng.uniform(*_LATER), in_place=False, counts=False, drop_connection=drop)
+            return again(Fault.CONFLICT, rng.uniform(*_LATER), in_place=False)
     if fault is Fault.STALE and repeats.stales == 0:
-        return Again(delay=0.0, in_place=True, counts=False, drop_connection=True)
+        return again(Fault.STALE, 0.0)
     if (fault is Fault.UNIQUE or (saw_unique and fault in _ENDS)) and repeats.uniques < UNIQUE_LIMIT:
-        delay = backoff(_UNIQUES, repeats.uniques + 1, rng)
-        return Again(delay=delay, in_place=True, counts=False, drop_connection=drop)
+        return again(Fault.UNIQUE, backoff(_UNIQUES, repeats.uniques + 1, rng))
+    if (fault is Fault.CANCELLED or (saw_cancelled and fault in _ENDS)) and repeats.cancels < CANCELLED_LIMIT:
+        return again(Fault.CANCELLED, backoff(_UNIQUES, repeats.cancels + 1, rng))
     return None
 
 
-_ATTEMPTS: Final = frozenset({Fault.CONNECTION, Fault.IDLE})
+@dataclass(slots=True)
+class Tries:
+    """What one piece of work has been repeated for so far, and since when it meets conflicts.
+
+    Attributes:
+        repeats: How often, and for what.
+        conflict_since: When the first of its conflicts was, by the caller's clock; None before it.
+    """
+
+    repeats: Repeats = field(default_factory=Repeats)
+    conflict_since: float | None = None
+
+    def seen_at(self, now: float) -> Repeats:
+        """The same, for a decision at *now*."""
+        if self.conflict_since is None:
+            return self.repeats
+        return replace(self.repeats, conflict_seconds=now - self.conflict_since)
+
+    def count(self, step: Again, now: float) -> None:
+        """Count the repeat that *step* asks for."""
+        self.repeats = self.repeats.after(step)
+        if step.because is Fault.CONFLICT and self.conflict_since is None:
+            self.conflict_since = now
+
+
+_ATTEMPTS: Final = frozenset({Fault.CONNECTION, Fault.IDLE, Fault.CANCELLED})
 _ENDS: Final = frozenset({Fault.PERMANENT, Fault.APPLICATION})
 _WHY: Final = {
     Fault.STALE: "a fresh connection did not help",

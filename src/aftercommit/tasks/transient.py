@@ -17,6 +17,7 @@ Which exceptions are looked at, and why:
 from __future__ import annotations
 
 import enum
+import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
@@ -26,9 +27,18 @@ from aftercommit.errors import PoolExhausted
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from types import TracebackType
+    from types import FrameType, TracebackType
 
-__all__ = ["Fault", "describe", "fault_of", "is_disconnect", "is_read_only", "met_in_commit"]
+__all__ = [
+    "Fault",
+    "cancels_ours",
+    "describe",
+    "fault_of",
+    "is_cancelled",
+    "is_disconnect",
+    "is_read_only",
+    "met_in_commit",
+]
 
 
 class Fault(enum.Enum):
@@ -55,8 +65,14 @@ class Fault(enum.Enum):
     """A row is there already: 23505, 23P01, SQLite's unique and primary keys. Deserves a few tries: two runs that
     both create a missing row race at any isolation below SERIALIZABLE, and the next try sees the row."""
 
+    CANCELLED = "cancelled"
+    """A statement of the library's own was cancelled: 57014 (``statement_timeout``, ``pg_cancel_backend``), asyncpg's
+    ``command_timeout``. The task's code did nothing wrong, so the run is repeated a few times; after that it is an
+    attempt. Which statements are the library's own says ``_is_ours``."""
+
     PERMANENT = "permanent"
-    """Every other database error: wrong data, missing tables, cancelled statements, statement timeouts."""
+    """Every other database error: wrong data, missing tables, and statements of the task's own that were cancelled or
+    took longer than ``statement_timeout``."""
 
     APPLICATION = "application"
     """Not a database error."""
@@ -95,6 +111,20 @@ def met_in_commit(error: BaseException) -> bool:
     return any(function == _SENDING_COMMIT and module.startswith("sqlalchemy.") for module, function in places)
 
 
+def is_cancelled(error: BaseException) -> bool:
+    """Tell whether the server cancelled a statement (57014), whoever's it was."""
+    return _code(_unit(_verdict(error).link)) == _CANCELLED
+
+
+def cancels_ours(error: BaseException) -> bool:
+    """Tell, where *error* is first seen, whether it cancelled a statement of the library's own.
+
+    For a listener of ``handle_error``: the error has not travelled yet, so its traceback does not name who sent the
+    statement. The stack does.
+    """
+    return fault_of(error) is Fault.CANCELLED or (is_cancelled(error) and any(map(_sends_ours, _stack())))
+
+
 def describe(error: BaseException) -> str:
     """Return *error* for a line in a log, by the driver's class and code: ``DeadlockDetected (40P01)``.
 
@@ -124,7 +154,7 @@ _SQLSTATES: Final = {
     "57P05": Fault.IDLE,  # idle_session_timeout
     "23505": Fault.UNIQUE,  # PostgreSQL's manual, 13.5, names this one …
     "23P01": Fault.UNIQUE,  # … and exclusion constraints, which race in the same way
-    "57014": Fault.PERMANENT,  # cancelled, statement_timeout
+    "57014": Fault.PERMANENT,  # cancelled, statement_timeout; of the library's own statements see _is_ours
 }
 _SQLSTATE_CLASSES: Final = {
     "08": Fault.CONNECTION,
@@ -133,6 +163,7 @@ _SQLSTATE_CLASSES: Final = {
     "23": Fault.PERMANENT,
     "42": Fault.PERMANENT,
 }
+_CANCELLED: Final = "57014"
 _UNSUPPORTED: Final = "0A000"
 _CHECKS_PLANS: Final = "RevalidateCachedQuery"
 """The server's function that finds a plan outdated: messages come in the language of the server."""
@@ -155,11 +186,22 @@ _SQLITE_NAMES: Final = {
 
 _DRIVERS: Final = frozenset({"psycopg", "asyncpg", "sqlite3"})
 _INTERFACE_ERRORS: Final = frozenset({("asyncpg", "InterfaceError"), ("sqlalchemy", "InterfaceError")})
-_ALIVE: Final = frozenset({Fault.CONFLICT, Fault.UNIQUE, Fault.PERMANENT})
+_ALIVE: Final = frozenset({Fault.CONFLICT, Fault.UNIQUE, Fault.CANCELLED, Fault.PERMANENT})
 _CONNECTING: Final = frozenset({("asyncpg.connection", "connect"), ("asyncpg.connect_utils", "_connect")})
 
 _SENDING_COMMIT: Final = "do_commit"
 """The method of SQLAlchemy's dialects that sends a COMMIT, and does nothing else."""
+
+_SENDING_OURS: Final = frozenset(
+    {
+        ("aftercommit.records.statement", "execute"),  # every statement of ours goes through this door
+        ("aftercommit.tasks.arguments", "load"),  # the rows among a task's arguments
+        ("psycopg._connection_base", "_start_query"),  # BEGIN …
+        ("sqlalchemy.dialects.postgresql.asyncpg", "_start_transaction"),  # … and asyncpg's
+    }
+)
+_CONNECTING_POOL: Final = "sqlalchemy.pool."
+"""What a pool sends makes a connection, or tries an old one: no statement of a task's passes through its modules."""
 
 
 # --- the verdict ------------------------------------------------------------------------------------------------
@@ -236,6 +278,8 @@ def _database(link: BaseException, unit: list[BaseException]) -> _Verdict:
     fault = _fault_of_code(code) if code else None
     if code == _UNSUPPORTED and _is_unsupported(unit[-1]):
         fault = Fault.PERMANENT
+    if code == _CANCELLED and _is_ours(link):
+        fault = Fault.CANCELLED
     if fault is None:
         lost = invalidated or (code is None and any(map(_is_lost, unit)))
         fault = Fault.CONNECTION if lost else Fault.PERMANENT
@@ -251,8 +295,12 @@ def _network(link: OSError) -> _Verdict | None:
         return None
     # The time limit of connecting passes by itself; `command_timeout` is what 57014 is on the server. The two are
     # told apart by the place alone.
-    permanent = isinstance(link, TimeoutError) and not places & _CONNECTING
-    return _Verdict(fault=Fault.PERMANENT if permanent else Fault.CONNECTION, drop=True, link=link)
+    if not isinstance(link, TimeoutError) or places & _CONNECTING or met_in_commit(link):
+        # A COMMIT that was given up may have been done all the same, as after a lost connection.
+        fault = Fault.CONNECTION
+    else:
+        fault = Fault.CANCELLED if _is_ours(link) else Fault.PERMANENT
+    return _Verdict(fault=fault, drop=True, link=link)
 
 
 def _group(group: BaseExceptionGroup[BaseException]) -> _Verdict | None:
@@ -320,6 +368,27 @@ def _is_lost(error: BaseException) -> bool:
     if ("asyncpg", "TargetServerAttributeNotMatched") in names:
         return True  # several hosts, none of them primary: in the middle of a failover
     return bool(names & _INTERFACE_ERRORS) and "connection is closed" in str(error)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether *error* ended a statement that the task's code did not ask for.
+
+    Seen by the functions that it came through, so it costs nothing while there is no error: our own SQL, BEGIN, COMMIT,
+    connecting, and the rows among the arguments.
+    """
+    return met_in_commit(error) or any(map(_sends_ours, _places(error.__traceback__)))
+
+
+def _sends_ours(place: tuple[str, str]) -> bool:
+    return place in _SENDING_OURS or place[0].startswith(_CONNECTING_POOL)
+
+
+def _stack() -> Iterator[tuple[str, str]]:
+    """The module and the function of every frame that is being executed, from here outwards."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  # what traceback.walk_stack does
+    while frame is not None:
+        yield str(frame.f_globals.get("__name__", "")), frame.f_code.co_name
+        frame = frame.f_back
 
 
 def _places(traceback: TracebackType | None) -> Iterator[tuple[str, str]]:
