@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
+from aftercommit.pools.backends import pid_told_to
 from aftercommit.pools.budget import Limits
 from aftercommit.records.statement import Statement
 
@@ -76,7 +77,7 @@ def limits(connection: Connection) -> Limits:
         reserved=row[1],
         role=row[2],
         database=row[3],
-        is_pooled=_pid_we_were_told(connection) != row[4],
+        is_pooled=pid_told_to(connection.connection.driver_connection) != row[4],
     )
 
 
@@ -100,13 +101,3 @@ def look(connection: Connection) -> Server:
 def clock(connection: Connection) -> float:
     """Return the server's time, in seconds since 1970."""
     return float(_CLOCK.execute(connection, {}).scalar() or 0.0)
-
-
-def _pid_we_were_told(connection: Connection) -> int:
-    """Return the number of the server process that was told to the driver when it connected.
-
-    A pooler answers for the server there, and makes up a number of its own; the statement is then answered by a
-    process with another. Neither ports nor addresses tell as much: containers map those, too.
-    """
-    driver: Any = connection.connection.driver_connection
-    return int(driver.info.backend_pid if hasattr(driver, "info") else driver.get_server_pid())
