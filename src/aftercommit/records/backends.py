@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-__all__ = ["Ended", "Look", "end_silent", "list_backends", "look"]
+__all__ = ["Ended", "Look", "Reach", "end_silent", "list_backends", "look", "reach"]
 
 _BEGAN: Final = "CAST(EXTRACT(EPOCH FROM a.backend_start) * 1000000 AS bigint)"
 _SILENT: Final = "clock_timestamp() + :silent * interval '1 second'"
@@ -34,23 +34,29 @@ _LOOK = Statement(
 _LIST = Statement("UPDATE aftercommit_worker SET backends = CAST(:backends AS json) WHERE id = :id")
 _IS_SILENT: Final = f"w.backends IS NOT NULL AND w.seen_at < {_SILENT} AND w.id <> :id"
 # What was edited by hand into something else lists nothing.
+_LISTED: Final = (
+    "LATERAL json_array_elements(CASE WHEN json_typeof({0}.backends) = 'array' THEN {0}.backends END) AS e (b)"
+)
 _EACH: Final = (
-    "json_array_elements(CASE WHEN json_typeof(w.backends) = 'array' THEN w.backends END) AS e (b), "
+    f"{_LISTED.format('w')}, "
     "LATERAL (SELECT CAST(e.b ->> 0 AS bigint) AS pid, CAST(e.b ->> 1 AS bigint) AS began, e.b ->> 2 AS role, "
     "e.b ->> 3 AS keeps_books) AS l"
+)
+# As pg_terminate_backend decides it.
+_MAY: Final = (
+    "(pg_has_role(r.oid, 'USAGE') OR pg_has_role('pg_signal_backend', 'USAGE')) "
+    "AND (NOT r.rolsuper OR (SELECT rolsuper FROM pg_roles WHERE rolname = current_user))"
 )
 # The same number in the same database, of the same role, begun at the same microsecond; of other roles we may not be
 # shown when. Whatever a worker lists that lives stays, though a silent one may list it, too: it could not sign off
 # before it was started again in the same process.
 _THERE: Final = (
     "SELECT w.id, l.keeps_books, a.pid, a.state, a.state_change, a.backend_start IS NOT NULL "
-    "AND (pg_has_role(a.usesysid, 'USAGE') OR pg_has_role('pg_signal_backend', 'USAGE')) "
-    "AND (NOT r.rolsuper OR (SELECT rolsuper FROM pg_roles WHERE rolname = current_user)) AS may "
-    f"FROM {{workers}} w, LATERAL {_EACH} JOIN pg_stat_activity a ON a.pid = l.pid AND a.usename = l.role "
+    f"AND {_MAY} AS may "
+    f"FROM {{workers}} w, {_EACH} JOIN pg_stat_activity a ON a.pid = l.pid AND a.usename = l.role "
     f"AND a.datname = current_database() AND a.pid <> pg_backend_pid() AND COALESCE({_BEGAN}, l.began) = l.began "
-    "JOIN pg_roles r ON r.oid = a.usesysid WHERE NOT EXISTS (SELECT 1 FROM aftercommit_worker v, "
-    "LATERAL json_array_elements(CASE WHEN json_typeof(v.backends) = 'array' THEN v.backends END) AS o (b) "
-    f"WHERE v.seen_at >= {_SILENT} AND o.b ->> 0 = CAST(l.pid AS text) AND o.b ->> 1 = CAST(l.began AS text))"
+    f"JOIN pg_roles r ON r.oid = a.usesysid WHERE NOT EXISTS (SELECT 1 FROM aftercommit_worker v, {_LISTED.format('v')} "
+    f"WHERE v.seen_at >= {_SILENT} AND e.b ->> 0 = CAST(l.pid AS text) AND e.b ->> 1 = CAST(l.began AS text))"
 )
 # The row is locked before anything is ended, and looked at once more: a worker that wakes up at this very moment
 # either makes its heartbeat first, and nothing of it is ended, or waits for us, and finds that its backends are gone.
@@ -73,6 +79,33 @@ _NOTHING_LEFT = Statement(
     "UPDATE aftercommit_worker SET backends = NULL WHERE id IN "
     "(SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS uuid))"
 )
+
+# One that was made just now will be listed; the listener's holds no locks.
+_UNLISTED = Statement(
+    "SELECT COUNT(*), inet_client_addr() IS NOT NULL FROM pg_stat_activity a WHERE a.datname = current_database() "
+    "AND a.pid <> pg_backend_pid() AND starts_with(a.application_name, 'aftercommit:') "
+    "AND a.application_name <> 'aftercommit:listener' AND a.backend_start < clock_timestamp() - interval '10 seconds' "
+    f"AND NOT EXISTS (SELECT 1 FROM aftercommit_worker w, {_LISTED.format('w')} WHERE e.b ->> 0 = CAST(a.pid AS text))"
+)
+_ROLES = Statement(
+    "SELECT r.rolname FROM pg_roles r WHERE r.rolname IN (SELECT e.b ->> 2 FROM aftercommit_worker w, "
+    f"{_LISTED.format('w')}) AND NOT ({_MAY}) ORDER BY 1"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reach:
+    """What a rescuer could not end.
+
+    Attributes:
+        unlisted: Sessions of ours that no worker lists: of processes that run no tasks, or behind a pooler.
+        roles: Whose listed backends our role may not end.
+        is_remote: Whether there is a network between the server and us.
+    """
+
+    unlisted: int
+    roles: list[str]
+    is_remote: bool
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -149,3 +182,10 @@ def end_silent(connection: Connection, worker: UUID, *, silent_after: float) -> 
             counts = ended if is_ended else refused
             counts[UUID(str(id))] = counts.get(UUID(str(id)), 0) + 1
     return Ended(ended=ended, refused=refused)
+
+
+def reach(connection: Connection) -> Reach:
+    """Find out what would stay if its client vanished; PostgreSQL only."""
+    unlisted, is_remote = _UNLISTED.execute(connection, {}).one()
+    roles = [str(role) for role in _ROLES.execute(connection, {}).scalars()]
+    return Reach(unlisted=unlisted, roles=roles, is_remote=is_remote)

@@ -29,6 +29,11 @@ _SETTINGS: Final = (
     "default_transaction_isolation",
     "default_transaction_read_only",
     "synchronous_commit",
+    "tcp_keepalives_idle",
+    "tcp_keepalives_interval",
+    "tcp_keepalives_count",
+    "tcp_user_timeout",
+    "client_connection_check_interval",
 )
 _LOOK = Statement(
     "SELECT current_setting('server_version'), CAST(current_setting('server_version_num') AS integer), session_user, "
@@ -53,7 +58,8 @@ class Server:
         database: Where we are.
         is_replica: Whether it takes no writes, because it follows another.
         oldest_transaction: Seconds since the oldest transaction in this database began, as far as we may see it.
-        settings: By name, as ``pg_settings`` has them: times in milliseconds.
+        settings: By name, as ``pg_settings`` has them: times in milliseconds, but for TCP's
+            keepalives, which are in seconds.
         limits: How many connections it allows.
         sources: By name, where a setting comes from, in the words of ``pg_settings``: ``"user"`` for the role.
     """
