@@ -36,7 +36,8 @@ def shop(database: DatabaseUnderTest) -> Iterator[Workshop]:
     shop.task()(effect)
     TaskRecord.metadata.create_all(shop.outside)
     if database.path is not None:
-        database.path.chmod(0o600)
+        for file in database.path.parent.glob(f"{database.path.name}*"):
+            file.chmod(0o600)
     with Session(shop.outside) as session:
         session.add(SchemaRecord(id=1, version=SCHEMA_VERSION))
         session.commit()

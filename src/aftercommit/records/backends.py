@@ -55,8 +55,9 @@ _THERE: Final = (
     f"AND {_MAY} AS may "
     f"FROM {{workers}} w, {_EACH} JOIN pg_stat_activity a ON a.pid = l.pid AND a.usename = l.role "
     f"AND a.datname = current_database() AND a.pid <> pg_backend_pid() AND COALESCE({_BEGAN}, l.began) = l.began "
-    f"JOIN pg_roles r ON r.oid = a.usesysid WHERE NOT EXISTS (SELECT 1 FROM aftercommit_worker v, {_LISTED.format('v')} "
-    f"WHERE v.seen_at >= {_SILENT} AND e.b ->> 0 = CAST(l.pid AS text) AND e.b ->> 1 = CAST(l.began AS text))"
+    "JOIN pg_roles r ON r.oid = a.usesysid WHERE NOT EXISTS (SELECT 1 FROM aftercommit_worker v, "
+    f"{_LISTED.format('v')} WHERE v.seen_at >= {_SILENT} AND e.b ->> 0 = CAST(l.pid AS text) "
+    "AND e.b ->> 1 = CAST(l.began AS text))"
 )
 # The row is locked before anything is ended, and looked at once more: a worker that wakes up at this very moment
 # either makes its heartbeat first, and nothing of it is ended, or waits for us, and finds that its backends are gone.
