@@ -1,5 +1,6 @@
 """Tables of version 1, with work in them, are brought forward under old and new workers, and nothing is lost."""
 
+import asyncio
 import os
 import subprocess
 import sys
@@ -95,16 +96,19 @@ def command(database: DatabaseUnderTest, *words: str) -> "subprocess.CompletedPr
 def make(database: DatabaseUnderTest) -> None:
     """Bring the tables forward by the public way."""
     db = Database(database.url)
-    if database.is_async:
-        import asyncio
 
-        async def run() -> None:
+    async def run() -> None:
+        try:
             await db.async_create_tables()
+        finally:
             await db.async_dispose()
 
+    if database.is_async:
         asyncio.run(run())
-    else:
+        return
+    try:
         db.create_tables()
+    finally:
         db.dispose()
 
 

@@ -39,7 +39,8 @@ class Backends:
     def __init__(self, runner: Runner) -> None:
         self._runner = runner
         self._is_changed = True
-        self._is_off = False
+        self.is_off = False
+        """Whether nothing is listed: on SQLite, and behind a pooler."""
         self._next_look = 0.0
         self._written: list[tuple[int, int]] | None = None
         self._refused: set[UUID] = set()
@@ -58,14 +59,14 @@ class Backends:
     @property
     def due(self) -> float:
         """When to look next, by the monotonic clock."""
-        return self._next_look if self._is_changed and not self._is_off else float("inf")
+        return self._next_look if self._is_changed and not self.is_off else float("inf")
 
     def write_when_due(self) -> None:
         """List the backends of our connections in our row, if any was made since the last time."""
         if time.monotonic() < self.due:
             return
         if self._runner.sessions.pools.is_sqlite:
-            self._is_off = True
+            self.is_off = True
             return
         self._next_look = time.monotonic() + _PAUSE_SECONDS
         self._is_changed = False
@@ -86,7 +87,7 @@ class Backends:
         until = time.monotonic()
         if pid_told_to(connection.connection.driver_connection) != look.own:
             # A pooler gives a backend to one client after the other: none of them is ours.
-            self._is_off = True
+            self.is_off = True
             noted = []
         ours, again = identify(noted, look.seen, until=until)
         self._is_changed = self._is_changed or again
