@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -298,6 +299,18 @@ def test_every_pool_of_a_worker_is_listed_soon(shop: Workshop):
         keeps_books = [each[3] for each in own_list(shop, runner.id)]
 
     assert keeps_books.count(True) == 1
+
+
+@pytest.mark.drivers("psycopg")
+def test_a_fork_does_not_take_its_parents_connections_for_its_own(shop: Workshop, monkeypatch: pytest.MonkeyPatch):
+    """A server that loads the application before it forks: the parent's go on when the child falls silent."""
+    with shop.db.session() as session:
+        session.execute(sa.text("SELECT 1"))
+    noted = shop.db.sessions.pools.backends.noted
+
+    assert len(noted()) == 1
+    monkeypatch.setattr(os, "getpid", lambda: -1)
+    assert noted() == []
 
 
 @pytest.mark.drivers("pysqlite", "aiosqlite")

@@ -164,7 +164,7 @@ def test_tables_that_say_more_than_they_have_are_found(database: DatabaseUnderTe
 @on_postgresql
 def test_a_change_that_must_wait_lets_others_through(database: DatabaseUnderTest, engine: sa.Engine):
     """Somebody has read the table and stays in the transaction: whoever comes behind the change is not kept."""
-    with engine.connect() as reader, ThreadPoolExecutor(1) as other:
+    with ThreadPoolExecutor(1) as other, engine.connect() as reader:
         reader.execute(sa.text("SELECT 1 FROM aftercommit_task"))
         done = other.submit(make, database)
         with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as writer:

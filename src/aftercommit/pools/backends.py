@@ -7,11 +7,12 @@ one connection for good, and that moment is asked of the server later, for many 
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 import weakref
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import event
@@ -50,12 +51,14 @@ class Noted:
         since: When it was connected, by the monotonic clock.
         began: When the backend began, in microseconds since 1970 by the server's clock; None until that is known.
         tries: How often the server has been asked for it.
+        process: Which of our processes connected: a fork has its parent's connections in memory, and must not use them.
     """
 
     pid: int
     since: float
     began: int | None = None
     tries: int = 0
+    process: int = field(default_factory=os.getpid)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,9 +103,9 @@ class Backends:
             self.on_connect()
 
     def noted(self) -> list[Noted]:
-        """Those whose connection is still there."""
+        """Those that this process has made, and whose connection is still there."""
         with self._lock:
-            return list(self._noted.values())
+            return [each for each in self._noted.values() if each.process == os.getpid()]
 
 
 def identify(noted: Iterable[Noted], seen: Iterable[Seen], *, until: float) -> tuple[list[Seen], bool]:
