@@ -1,6 +1,7 @@
 """A client that vanishes without a word: the server hears neither FIN nor RST, and its rows come free all the same."""
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -99,6 +100,42 @@ def test_what_a_vanished_worker_without_tasks_had_locked_comes_free(
 
     assert took < SILENT_AFTER + A_FEW_SECONDS
     assert heir.sql("SELECT n FROM counter") == 1
+
+
+def test_a_process_that_was_only_frozen_loses_its_sessions_and_goes_on(database: DatabaseUnderTest, heir: Workshop):
+    """Its request had a row locked that a task needs: it is rolled back, and the process works again when it wakes."""
+    process = spawn(
+        [sys.executable, "-m", "tests.crash.vanishing_child", database.url, database.driver, IN_A_REQUEST],
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        cwd=ROOT,
+    )
+    assert process.stdout is not None
+    log = Log(process.stdout)
+    try:
+        log.wait_for("LISTED", timeout=60.0)
+        os.kill(process.pid, signal.SIGSTOP)
+        with heir.running():
+            heir.ask(heir.count, "")  # type: ignore[attr-defined]
+            heir.drain()
+            os.kill(process.pid, signal.SIGCONT)
+            wait_for_lists(heir, of=2)
+    finally:
+        process.kill()
+        process.wait()
+        log.join()
+
+    assert heir.sql("SELECT n FROM counter") == 1
+
+
+def wait_for_lists(shop: Workshop, *, of: int) -> None:
+    """Wait until so many live workers list backends."""
+    deadline = time.monotonic() + 30
+    lists = (
+        "SELECT COUNT(*) FROM aftercommit_worker WHERE backends IS NOT NULL "
+        "AND seen_at > clock_timestamp() - interval '1 second'"
+    )
+    while shop.sql(lists) < of:
+        assert time.monotonic() < deadline, "a worker that woke up lists nothing"
 
 
 def wait_for_no_list(shop: Workshop, *, but: int) -> None:

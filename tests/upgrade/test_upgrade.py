@@ -16,6 +16,7 @@ import pytest
 import sqlalchemy as sa
 
 from aftercommit import Database, TaskRecord
+from aftercommit.cli import schema as command_schema
 from aftercommit.errors import SchemaError
 from aftercommit.records import schema, steps
 from aftercommit.records.steps import AddColumn, AddIndex, DropIndex, Step
@@ -244,6 +245,30 @@ def test_a_step_may_add_and_drop_indexes(database: DatabaseUnderTest, engine: sa
     assert left == []
     assert "aftercommit_task_held" in shape(engine)["aftercommit_task"][1]
     assert "aftercommit_task_old" not in shape(engine)["aftercommit_task"][1]
+
+
+@pytest.mark.parametrize("by_command", [False, True])
+def test_a_release_with_such_a_step_brings_tables_forward(
+    database: DatabaseUnderTest, engine: sa.Engine, monkeypatch: pytest.MonkeyPatch, *, by_command: bool
+):
+    """By ``create_tables`` and by the command, from version 1 in one go; the number comes last."""
+    monkeypatch.setattr(steps, "STEPS", LATER)
+    monkeypatch.setattr(schema, "SCHEMA_VERSION", 99)
+    with engine.begin() as connection:
+        connection.exec_driver_sql("DROP INDEX aftercommit_task_held")
+        connection.exec_driver_sql("CREATE INDEX aftercommit_task_old ON aftercommit_task (state)")
+        connection.exec_driver_sql("DELETE FROM aftercommit_schema")
+
+    if by_command:
+        command_schema._apply(Database(database.url))
+    else:
+        make(database)
+
+    columns, indexes = shape(engine)["aftercommit_task"]
+    assert "refunds" in columns
+    assert "aftercommit_task_held" in indexes
+    assert "aftercommit_task_old" not in indexes
+    assert version(engine) == 99
 
 
 @contextmanager

@@ -59,9 +59,11 @@ def create_tables(connection: Connection, also: MetaData | None = None, *, index
         return
     # Last: from here to the end of the transaction nobody else can use them.
     _change(connection, [each for each in pending(connection) if indexes or not each.is_index])
+    if pending(connection):
+        return
     if version is None:
         connection.execute(insert(SchemaRecord).values(id=1, version=SCHEMA_VERSION))
-    elif not pending(connection):
+    else:
         connection.execute(update(SchemaRecord).values(version=SCHEMA_VERSION))
 
 
