@@ -8,7 +8,7 @@ from types import FrameType
 import pytest
 
 from tests.support import chromium as browser
-from tests.support import pgbouncer
+from tests.support import history, pgbouncer
 from tests.support.databases import DRIVERS, DatabaseUnderTest
 from tests.support.postgres import PostgresServer
 
@@ -100,6 +100,9 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if any(browser.MISSING in str(report.longrepr) for report in skipped):
         terminalreporter.write_sep("!", "browser tests left out", red=True, bold=True)
         terminalreporter.write_line(browser.MISSING, red=True)
+    if any(history.MISSING in str(report.longrepr) for report in skipped):
+        terminalreporter.write_sep("!", "tests with the code of an earlier release left out", red=True, bold=True)
+        terminalreporter.write_line(history.MISSING, red=True)
     ran = (report for key in ("passed", "failed") for report in terminalreporter.stats.get(key, []))
     if pgbouncer.find() is None and any("contract/test_pooler.py" in report.nodeid for report in ran):
         terminalreporter.write_sep("!", "tests through PgBouncer left out", red=True, bold=True)

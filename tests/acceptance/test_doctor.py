@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytest
@@ -69,6 +70,8 @@ def healthy(request: pytest.FixtureRequest) -> Iterator[None]:
         url = request.getfixturevalue("postgres_url").replace("psycopg", request.param)
     write(url=repr(url))
     assert run("schema", "shop:db", "--apply").returncode == 0
+    if request.param == "sqlite":
+        Path("shop.db").chmod(0o600)
     worker = spawn([sys.executable, "-m", "aftercommit", "worker", "shop:db"])
     assert worker.stdout is not None
     log = Log(worker.stdout)
@@ -230,6 +233,35 @@ def test_a_file_or_folder_that_may_not_be_written(what: str, mode: int):
     assert found["level"] == "wrong"
     assert f"{what} is not writable for" in found["found"]
     assert found["remedy"][0].startswith("chmod u+w ")
+
+
+@pytest.mark.parametrize(
+    ("folder", "mode", "level"),
+    [(0o755, 0o644, "warning"), (0o755, 0o640, None), (0o755, 0o600, None), (0o750, 0o644, "note")],
+)
+def test_a_file_that_every_user_may_read(folder: int, mode: int, level: str | None):
+    """It is named, its log as well, with the line that mends it; a folder that keeps the others out makes it a note."""
+    top = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else "/tmp")
+    with TemporaryDirectory(dir=top) as made:
+        file = Path(made, "data", "shop.db")
+        file.parent.mkdir()
+        Path(made).chmod(0o755)
+        write(url=f'"sqlite:///{file}"')
+        assert run("schema", "shop:db", "--apply").returncode == 0
+        wal = file.with_name("shop.db-wal")
+        wal.touch()
+        for each in (file, wal):
+            each.chmod(mode)
+        file.parent.chmod(folder)
+
+        found = json.loads(run("doctor", "shop:db", "--json").stdout)["findings"]
+
+        named = [each for each in found if each["check"] == "file mode"]
+        assert [each["level"] for each in named] == ([] if level is None else [level])
+        assert "journal mode" in {each["check"] for each in found}
+        for each in named:
+            assert f"{file} ({mode:04o})" in each["found"]
+            assert each["remedy"] == [f"chmod o= {file} {wal}"]
 
 
 def test_a_file_that_is_opened_read_only():

@@ -200,3 +200,41 @@ def test_pgbouncer_is_recognised(database: DatabaseUnderTest, postgres: Postgres
 
     assert found
     assert not asyncio.run(is_pooled(postgres.port))
+
+
+@through
+def test_nothing_is_listed_through_pgbouncer(database: DatabaseUnderTest, postgres: PostgresServer, tmp_path: Path):
+    """Its servers serve one client after the other: none is a worker's own, so that no rescuer may end it."""
+    url = make_url(database.url)
+    arguments = dict(CONNECT_ARGS[database.driver])
+    if database.driver == "asyncpg":
+        arguments["prepared_statement_name_func"] = asyncpg_name
+    options: dict[str, Any] = {"async_engine_options": {"connect_args": arguments}}
+    if database.driver == "psycopg":
+        options["engine_options"] = {"connect_args": arguments}
+
+    async def listed(port: int, **options: Any) -> tuple[bool, list[Any]]:
+        db = Database(url.set(port=port), heartbeat=0.1, **options)
+        try:
+            async with db.running(create_tables=True), db.async_session() as session:
+                runner = db.runner
+                assert runner is not None
+                first = await session.scalar(SEEN, {"id": runner.id})
+                async with asyncio.timeout(30):
+                    while await session.scalar(SEEN, {"id": runner.id}) in {None, first}:
+                        await session.rollback()
+                return runner.rounds.backends.is_off, await session.scalar(LISTED, {"id": runner.id}) or []
+        finally:
+            await db.async_dispose()
+
+    with pgbouncer(postgres, str(url.database), tmp_path) as port:
+        through = asyncio.run(listed(port, **options))
+    direct = asyncio.run(listed(postgres.port))
+
+    assert through == (True, [])
+    assert not direct[0]
+    assert direct[1]
+
+
+SEEN = text("SELECT seen_at FROM aftercommit_worker WHERE id = :id")
+LISTED = text("SELECT backends FROM aftercommit_worker WHERE id = :id")

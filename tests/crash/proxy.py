@@ -1,4 +1,4 @@
-"""A network that loses the answer of a COMMIT: it reached the server, and nobody will ever hear of it."""
+"""A network that loses the answer of a COMMIT, or all that comes after some moment, and says so to neither side."""
 
 import socket
 import threading
@@ -20,6 +20,7 @@ class Proxy:
         self.port: int = self._listener.getsockname()[1]
         self.swallowed = threading.Semaphore(0)
         self._sockets: list[socket.socket] = []
+        self._swallows = threading.Event()
         threading.Thread(target=self._accept, name="proxy", daemon=True).start()
 
     def close(self) -> None:
@@ -28,6 +29,13 @@ class Proxy:
             with suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)
             each.close()
+
+    def swallow(self) -> None:
+        """From now on let nothing through, in neither direction, not even the end of a connection.
+
+        So it is for the server when a client's power fails: no FIN, no RST, and all sockets are as they were.
+        """
+        self._swallows.set()
 
     def _accept(self) -> None:
         with suppress(OSError):
@@ -42,7 +50,9 @@ class Proxy:
     def _to_server(self, client: socket.socket, server: socket.socket, committing: threading.Event) -> None:
         armed = False
         with suppress(OSError):
-            while data := client.recv(65536):
+            while (data := client.recv(65536)) or self._swallows.is_set():
+                if self._swallows.is_set():
+                    return
                 armed = armed or ARM in data
                 if armed and b"COMMIT" in data:
                     committing.set()
@@ -52,6 +62,8 @@ class Proxy:
     def _to_client(self, client: socket.socket, server: socket.socket, committing: threading.Event) -> None:
         with suppress(OSError):
             while data := server.recv(65536):
+                if self._swallows.is_set():
+                    return
                 if committing.is_set():
                     # The server has answered, so it is done; here the cable is cut. Told first, because either end
                     # may be gone already, and shutting it down then fails.

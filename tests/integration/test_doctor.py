@@ -19,6 +19,7 @@ from sqlalchemy.orm import Session
 from aftercommit import Database, PoolSettings, TaskRecord
 from aftercommit.cli.doctor.examination import examine
 from aftercommit.cli.doctor.findings import Finding, Level
+from aftercommit.records.schema import SCHEMA_VERSION
 from aftercommit.records.tables import PoolState, SchemaRecord, WorkerRecord
 from tests.crash.proxy import Proxy
 from tests.support.databases import DatabaseUnderTest
@@ -34,8 +35,11 @@ def shop(database: DatabaseUnderTest) -> Iterator[Workshop]:
     shop = Workshop(database, pools={"files": PoolSettings(pool_size=1)})
     shop.task()(effect)
     TaskRecord.metadata.create_all(shop.outside)
+    if database.path is not None:
+        for file in database.path.parent.glob(f"{database.path.name}*"):
+            file.chmod(0o600)
     with Session(shop.outside) as session:
-        session.add(SchemaRecord(id=1, version=1))
+        session.add(SchemaRecord(id=1, version=SCHEMA_VERSION))
         session.commit()
     yield shop
     shop.close()
@@ -225,7 +229,7 @@ def test_what_clears_away_by_hand_can_be_typed(database: DatabaseUnderTest):
     TaskRecord.metadata.create_all(shop.outside)
     plant(
         shop,
-        SchemaRecord(id=1, version=1),
+        SchemaRecord(id=1, version=SCHEMA_VERSION),
         task(state="succeeded", finished_at=before(91 * 86400)),
         task(state="succeeded", finished_at=before(89 * 86400)),
     )
@@ -244,7 +248,7 @@ def test_what_clears_away_by_hand_can_be_typed(database: DatabaseUnderTest):
     ("damage", "level", "found"),
     [
         ("DROP TABLE aftercommit_progress", None, "the table aftercommit_progress is missing"),
-        ("UPDATE aftercommit_schema SET version = 0", Level.WRONG, "of version 0, and this release needs version 1"),
+        ("UPDATE aftercommit_schema SET version = 0", Level.WRONG, "of version 0, and this release needs"),
     ],
 )
 def test_tables_that_do_not_fit_are_found(shop: Workshop, damage: str, level: Level | None, found: str):
@@ -261,12 +265,12 @@ def test_tables_that_do_not_fit_are_found(shop: Workshop, damage: str, level: Le
 def test_newer_tables_are_a_note(shop: Workshop):
     """Within a minor release older code works with them."""
     plant(shop, worker())
-    shop.sql("UPDATE aftercommit_schema SET version = 2")
+    shop.sql(f"UPDATE aftercommit_schema SET version = {SCHEMA_VERSION + 1}")
 
     findings = [each for each in examine(shop.db, "shop:db", processes=None) if each.level is not Level.OK]
 
     assert [(each.level, each.check) for each in findings] == [(Level.NOTE, "tables")]
-    assert "version 2" in findings[0].found
+    assert f"version {SCHEMA_VERSION + 1}" in findings[0].found
 
 
 # --- PostgreSQL -------------------------------------------------------------------------------------------------
@@ -436,11 +440,45 @@ def test_a_pooler_is_recognised(shop: Workshop, pooled: Database):
     """Its limits are the ones that count: nothing is judged, and what to give it is said."""
     plant(shop, worker())
 
-    (found,) = [each for each in examine(pooled, "shop:db", processes=40) if each.level is not Level.OK]
+    vanished, found = [each for each in examine(pooled, "shop:db", processes=40) if each.level is not Level.OK]
 
+    assert (vanished.level, vanished.check) == (Level.NOTE, "vanished clients")
+    assert "idle_in_transaction_session_timeout is off" in vanished.found
     assert (found.level, found.check) == (Level.NOTE, "connections")
     assert "to a pooler, whose limits are the ones that count" in found.found
     assert "max_client_conn = 720" in found.remedy[0]
+
+
+@postgresql
+def test_sessions_that_no_rescuer_could_end_come_with_how_long_they_stay(shop: Workshop, postgres: PostgresServer):
+    """By the server's own settings, over its network; and with what changes that, which can be typed."""
+    plant(shop, worker())
+    name = str(shop.outside.url.database)
+    postgres.execute("ALTER DATABASE {} SET tcp_keepalives_idle = 7200", name)
+    postgres.execute("ALTER DATABASE {} SET tcp_keepalives_interval = 75", name)
+    postgres.execute("ALTER DATABASE {} SET tcp_keepalives_count = 9", name)
+    shop.sql("CREATE ROLE other_worker SUPERUSER")
+    with Session(shop.outside) as session:
+        (row,) = session.scalars(sa.select(WorkerRecord))
+        row.backends = [[1, 1, "other_worker", False]]
+        session.commit()
+    shop.sql("CREATE ROLE plain_doctor LOGIN")
+    try:
+        shop.sql("GRANT ALL ON ALL TABLES IN SCHEMA public TO plain_doctor")
+        db = Database(sa.make_url(shop.under_test.url).set(username="plain_doctor"))
+
+        (finding,) = [each for each in examine(db, "shop:db", processes=1) if each.level in BAD]
+
+        assert finding.check == "vanished clients"
+        assert "up to 7875 s (tcp_keepalives 7200 s + 9 × 75 s)" in finding.found
+        assert "'plain_doctor' may not end those of 'other_worker'" in finding.why
+        assert finding.remedy[0] == "GRANT other_worker TO plain_doctor;"
+        for line in finding.remedy:
+            shop.sql(line)
+        assert [each for each in examine(db, "shop:db", processes=1) if each.level in BAD] == []
+    finally:
+        shop.sql("DROP OWNED BY plain_doctor")
+        shop.sql("DROP ROLE plain_doctor, other_worker")
 
 
 @postgresql

@@ -13,9 +13,11 @@ from aftercommit.cli.doctor.findings import Finding, Level, ago
 from aftercommit.cli.doctor.reaching import unreachable
 from aftercommit.cli.doctor.server import Clock, check_clock, check_server
 from aftercommit.cli.doctor.setup import check_packages, file_of, installed, network_file_system
+from aftercommit.cli.doctor.vanishing import check_vanishing, locked_for
 from aftercommit.cli.doctor.work import Census, check_work
 from aftercommit.pools.budget import Limits
 from aftercommit.pools.urls import flavours
+from aftercommit.records.backends import Reach
 from aftercommit.records.census import Failures, Kept, Queue, Tuples, Worker
 from aftercommit.records.server import Server
 
@@ -293,3 +295,44 @@ def test_names_are_written_as_the_shell_reads_them():
 
     assert "aftercommit pools resume 'my files' --db shop:db" in typed
     assert "aftercommit tasks cancel --db shop:db --state queued --task 'send mail'" in typed
+
+
+KEEPALIVES = {"tcp_keepalives_idle": "7200", "tcp_keepalives_interval": "75", "tcp_keepalives_count": "9"}
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"),
+    [
+        ({}, float("inf")),
+        (KEEPALIVES, 7875),
+        ({**KEEPALIVES, "tcp_keepalives_idle": "30", "tcp_keepalives_interval": "10", "tcp_keepalives_count": "3"}, 60),
+        ({**KEEPALIVES, "tcp_keepalives_idle": "60", "tcp_user_timeout": "90000"}, 135),
+        ({**KEEPALIVES, "tcp_keepalives_idle": "30", "tcp_user_timeout": "600000"}, 600),
+        ({**KEEPALIVES, "idle_in_transaction_session_timeout": "45000"}, 45),
+    ],
+)
+def test_how_long_a_vanished_client_keeps_its_locks(given: dict[str, str], seconds: float):
+    """By whichever of the server's settings ends it first."""
+    assert locked_for(settings(**given))[0] == seconds
+
+
+@pytest.mark.parametrize(
+    ("given", "reach", "found"),
+    [
+        (KEEPALIVES, Reach(unlisted=0, roles=[], is_remote=True), None),
+        (KEEPALIVES, Reach(unlisted=3, roles=[], is_remote=False), None),
+        (KEEPALIVES, Reach(unlisted=3, roles=[], is_remote=True), "up to 7875 s"),
+        ({}, Reach(unlisted=3, roles=[], is_remote=True), "for ever"),
+        ({**KEEPALIVES, "tcp_keepalives_idle": "30"}, Reach(unlisted=3, roles=["web"], is_remote=True), "up to 705 s"),
+        ({"idle_in_transaction_session_timeout": "60000"}, Reach(unlisted=3, roles=["web"], is_remote=True), None),
+    ],
+)
+def test_locks_that_stay_are_found_only_where_nobody_ends_them(given: dict[str, str], reach: Reach, found: str | None):
+    """With the number of seconds, and what to type."""
+    findings = list(check_vanishing(settings(**given), reach))
+
+    assert [each.level for each in findings] == ([] if found is None else [Level.WARNING])
+    for each in findings:
+        assert found is not None
+        assert found in each.found
+        assert "ALTER DATABASE shop SET tcp_keepalives_idle = 30;" in each.remedy

@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 import traceback
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 from sqlalchemy.exc import SQLAlchemyError
@@ -15,14 +15,15 @@ from sqlalchemy.orm import Session
 
 from aftercommit.database import Database
 from aftercommit.errors import AfterCommitError
+from aftercommit.pools.pools import REQUEST
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Coroutine
     from types import ModuleType
 
     from sqlalchemy import Connection
 
-__all__ = ["DatabaseOption", "fail", "import_module", "in_session", "load"]
+__all__ = ["DatabaseOption", "fail", "import_module", "in_autocommit", "in_session", "load"]
 
 T = TypeVar("T")
 
@@ -95,9 +96,31 @@ def in_session(db: Database, work: Callable[[Session], T]) -> T:
             session.flush()
             return result
 
+    return _run(db, lambda: db.async_call_anyhow(with_session))
+
+
+def in_autocommit(db: Database, work: Callable[[Connection], T]) -> T:
+    """Run ``work(connection)`` in no transaction: each statement stands by itself.
+
+    Raises:
+        typer.Exit: If the database cannot do it; the reason has been printed.
+    """
+    pools = db.sessions.pools
+
+    async def call() -> T:
+        if not pools.is_async_only:
+            with pools[REQUEST].engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+                return work(connection)
+        async with pools[REQUEST].async_engine.connect() as asynchronous:
+            return await (await asynchronous.execution_options(isolation_level="AUTOCOMMIT")).run_sync(work)
+
+    return _run(db, call)
+
+
+def _run(db: Database, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
     async def run() -> T:
         try:
-            return await db.async_call_anyhow(with_session)
+            return await call()
         finally:
             await db.async_dispose()
 

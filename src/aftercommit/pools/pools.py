@@ -13,6 +13,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools import network, pipelines, sqlite, views
+from aftercommit.pools.backends import Backends
 from aftercommit.pools.options import check_options, engine_options, engine_url
 from aftercommit.pools.register import Register
 from aftercommit.pools.settings import PoolSettings
@@ -144,6 +145,7 @@ class Pools:
         self._flavours: Flavours | None = None
         self._options: dict[Flavour, Mapping[str, Any]] = {"sync": engine_options, "async": async_engine_options}
         self._set_up = set_up
+        self.backends = Backends()
         if callable(url):
             self._check(None)
         else:
@@ -223,6 +225,7 @@ class Pools:
         else:
             network.set_up(engine)
             pipelines.set_up(engine)
+            self.backends.attach(engine)
         if settings.pool_pre_ping and not self.is_sqlite:
             event.listen(engine, "checkin", _remember_idle)
             event.listen(engine, "checkout", partial(_ping_when_idle, engine))

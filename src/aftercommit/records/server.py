@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
+from aftercommit.pools.backends import pid_told_to
 from aftercommit.pools.budget import Limits
 from aftercommit.records.statement import Statement
 
@@ -28,6 +29,11 @@ _SETTINGS: Final = (
     "default_transaction_isolation",
     "default_transaction_read_only",
     "synchronous_commit",
+    "tcp_keepalives_idle",
+    "tcp_keepalives_interval",
+    "tcp_keepalives_count",
+    "tcp_user_timeout",
+    "client_connection_check_interval",
 )
 _LOOK = Statement(
     "SELECT current_setting('server_version'), CAST(current_setting('server_version_num') AS integer), session_user, "
@@ -52,7 +58,8 @@ class Server:
         database: Where we are.
         is_replica: Whether it takes no writes, because it follows another.
         oldest_transaction: Seconds since the oldest transaction in this database began, as far as we may see it.
-        settings: By name, as ``pg_settings`` has them: times in milliseconds.
+        settings: By name, as ``pg_settings`` has them: times in milliseconds, but for TCP's
+            keepalives, which are in seconds.
         limits: How many connections it allows.
         sources: By name, where a setting comes from, in the words of ``pg_settings``: ``"user"`` for the role.
     """
@@ -76,7 +83,7 @@ def limits(connection: Connection) -> Limits:
         reserved=row[1],
         role=row[2],
         database=row[3],
-        is_pooled=_pid_we_were_told(connection) != row[4],
+        is_pooled=pid_told_to(connection.connection.driver_connection) != row[4],
     )
 
 
@@ -100,13 +107,3 @@ def look(connection: Connection) -> Server:
 def clock(connection: Connection) -> float:
     """Return the server's time, in seconds since 1970."""
     return float(_CLOCK.execute(connection, {}).scalar() or 0.0)
-
-
-def _pid_we_were_told(connection: Connection) -> int:
-    """Return the number of the server process that was told to the driver when it connected.
-
-    A pooler answers for the server there, and makes up a number of its own; the statement is then answered by a
-    process with another. Neither ports nor addresses tell as much: containers map those, too.
-    """
-    driver: Any = connection.connection.driver_connection
-    return int(driver.info.backend_pid if hasattr(driver, "info") else driver.get_server_pid())

@@ -30,7 +30,7 @@ class Pulse:
 
     Attributes:
         running: The records that say this worker runs them.
-        has_silent: Whether some other worker has gone silent with tasks in hand.
+        has_silent: Whether some other worker has gone silent with tasks in hand, or with backends on the server.
     """
 
     running: frozenset[UUID]
@@ -57,7 +57,8 @@ _LOST_LITE: Final = (
 _BEAT = Statement(
     f"UPDATE aftercommit_worker SET seen_at = {_PG_NOW} WHERE id = :id RETURNING "
     "(SELECT CAST(json_agg(t.id) AS text) FROM aftercommit_task t WHERE t.worker = :id AND t.state = 'running'), "
-    f"EXISTS ({_LOST_PG})",
+    f"EXISTS ({_LOST_PG}) OR EXISTS (SELECT 1 FROM aftercommit_worker s WHERE s.backends IS NOT NULL "
+    f"AND s.seen_at < {_PG_SILENT} AND s.id <> :id)",
     f"UPDATE aftercommit_worker SET seen_at = {_LITE_NOW} WHERE id = :id RETURNING "
     "(SELECT json_group_array(t.id) FROM aftercommit_task t WHERE t.worker = :id AND t.state = 'running'), "
     f"EXISTS ({_LOST_LITE})",
@@ -90,7 +91,7 @@ _ORPHANS = Statement(
     "WHERE id IN (SELECT id FROM lost) AND state = 'running' RETURNING id",
 )
 _FORGET_SILENT = Statement(
-    f"DELETE FROM aftercommit_worker WHERE seen_at < {_PG_SILENT} AND NOT EXISTS "
+    f"DELETE FROM aftercommit_worker WHERE seen_at < {_PG_SILENT} AND backends IS NULL AND NOT EXISTS "
     "(SELECT 1 FROM aftercommit_task t WHERE t.worker = aftercommit_worker.id AND t.state = 'running')",
     f"DELETE FROM aftercommit_worker WHERE seen_at < {_LITE_SILENT} AND NOT EXISTS "
     "(SELECT 1 FROM aftercommit_task t WHERE t.worker = aftercommit_worker.id AND t.state = 'running')",

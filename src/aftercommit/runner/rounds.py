@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from aftercommit import signals
 from aftercommit.errors import LostClaim
 from aftercommit.records import moves, sweeping, waiting, workers
+from aftercommit.runner.backends import Backends
 from aftercommit.runner.lanes import STUCK_SECONDS
 from aftercommit.runner.run import Run
 from aftercommit.runner.whereabouts import line_on_loop
@@ -38,6 +39,7 @@ _SETTLE_SECONDS: Final = 0.002
 _PROGRESS_SECONDS: Final = 0.3
 _POLL_IN_TRANSACTIONS: Final = 10.0
 _PULSE_SECONDS: Final = 1.0
+_ENDING_SECONDS: Final = 0.2
 OVERRUN_SECONDS: Final = 1.0
 """For which a ``def`` task that has been told that its time is over may go on, before its place is given to others."""
 _PRUNED_AT_ONCE: Final = 1000
@@ -88,6 +90,7 @@ class Rounds:
         self._sweep_begun = float("-inf")
         self._sweep_took = 0.0
         self._sweep_read = 0.0
+        self.backends = Backends(runner)
         self._fruitless = 0
         self._crowded: set[str] = set()
         self._wakes_at = 0.0
@@ -114,6 +117,11 @@ class Rounds:
     def watch(self, run: Run) -> None:
         """Look at a run with a time limit in time."""
         if run.deadline is not None and run.deadline < self._wakes_at:
+            self._runner.books.wake()
+
+    def connected(self) -> None:
+        """List our backends soon: a connection was made."""
+        if self.backends.changed() and self.backends.due < self._wakes_at:
             self._runner.books.wake()
 
     def look(self) -> None:
@@ -169,9 +177,12 @@ class Rounds:
 
     def _work(self, now: float) -> None:
         runner = self._runner
+        # Before the heartbeat, which may find a silent worker that lists the same: it was in this process before.
+        self.backends.write_when_due()
         if now >= self._next_beat:
-            self._beat()
-            self._next_beat = time.monotonic() + self._pace.heartbeat
+            is_ending = self._beat()
+            # What held a record of theirs is gone in a moment, and the record can be taken then.
+            self._next_beat = time.monotonic() + (_ENDING_SECONDS if is_ending else self._pace.heartbeat)
         if now >= self._next_poll:
             self._poll()
         for lane in runner.lanes.values():
@@ -190,7 +201,7 @@ class Rounds:
             self._look_at_all()
 
     def _following(self) -> list[float]:
-        due = [self._next_beat, self._next_poll, self._next_prune, self._next_sweep]
+        due = [self._next_beat, self._next_poll, self._next_prune, self._next_sweep, self.backends.due]
         if self._runner.progressing:
             due.append(self._next_progress)
         if any(lane.is_ahead for lane in self._runner.lanes.values()):
@@ -235,7 +246,8 @@ class Rounds:
         )
         self._next_beat = time.monotonic() + self._pace.heartbeat
 
-    def _beat(self) -> None:
+    def _beat(self) -> bool:
+        """Say that we are alive, and look at the others; return whether what a silent one held is being ended."""
         runner = self._runner
         late = time.monotonic() - self._last_beat
         pulse = runner.books.execute(
@@ -244,6 +256,8 @@ class Rounds:
         # After the look, so that nothing that was taken before it is missing here.
         held = dict(runner.held)
         self._last_beat = time.monotonic()
+        if pulse is None or late > self._pace.silent_after:
+            self.backends.rewrite()
         if pulse is None:
             # We were silent for so long that our row was taken away, and with it what we ran.
             runner.books.execute(self.register)
@@ -252,7 +266,8 @@ class Rounds:
         self._stop_lost(pulse.running, held)
         # A worker that was silent itself does not judge others: their heartbeats may have waited for the same lock.
         if pulse.has_silent and late < self._pace.silent_after / 2:
-            self._rescue()
+            return self._rescue()
+        return False
 
     def _release_orphans(self, orphans: frozenset[UUID]) -> None:
         runner = self._runner
@@ -281,13 +296,15 @@ class Rounds:
             self._runner.stop_run(held[id], held[id].lost())
         self._suspects = missing
 
-    def _rescue(self) -> None:
+    def _rescue(self) -> bool:
+        is_ending = self.backends.end_silent(silent_after=self._pace.silent_after)
         rescued = self._runner.books.execute(lambda c: workers.rescue(c, silent_after=self._pace.silent_after))
         if rescued:
             logger.warning("%d task(s) of silent workers were queued again", len(rescued))
             signals.emit(signals.TasksRescued(requeued=tuple(rescued), failed=()))
             for lane in self._runner.lanes.values():
                 lane.expect()
+        return is_ending
 
     # --- looking for work ---------------------------------------------------------------------------------------
 

@@ -109,6 +109,7 @@ class Runner:
         self.loop = asyncio.get_running_loop()
         self.loop_thread = threading.get_ident()
         self.books.start()
+        self.sessions.pools.backends.on_connect = self.rounds.connected
         if durable:
             await self.books.async_call(self.rounds.register)
         # Entered first: of processes that start together none would see another, and each would be content.
@@ -172,6 +173,7 @@ class Runner:
         given_back += await self._interrupt()
         if self.is_durable:
             await self._sign_off()
+        self.sessions.pools.backends.on_connect = None
         await asyncio.to_thread(self._stop_threads)
         signals.emit(signals.WorkerStopped(worker=self.id, given_back=given_back))
 

@@ -20,11 +20,12 @@ from aftercommit.cli.doctor.setup import (
     file_of,
     installed,
 )
+from aftercommit.cli.doctor.vanishing import check_vanishing
 from aftercommit.cli.doctor.work import WITHIN, Census, check_work
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools.budget import Budget
 from aftercommit.pools.pools import REQUEST
-from aftercommit.records import census, schema, server
+from aftercommit.records import backends, census, schema, server
 from aftercommit.runner.budgeting import expected_processes
 
 if TYPE_CHECKING:
@@ -95,13 +96,16 @@ def _look(
     else:
         # As long as this transaction lasts: whoever asks the doctor may do so because somebody has locked the tables.
         connection.exec_driver_sql(f"SET LOCAL lock_timeout = '{_LOCK_SECONDS}s'")
-        yield from check_server(server.look(connection), durable)
+        there = server.look(connection)
+        yield from check_server(there, durable)
         clock = check_clock([_clock(connection) for _ in range(_LOOKS)])
         try:
             with connection.begin_nested():
                 tables, found = _look_at_tables(connection, db, where, durable)
         except DBAPIError as exc:
             tables, found = _refused(connection, exc, has_durable=bool(durable)), None
+        if found is not None:
+            yield from check_vanishing(there, backends.reach(connection))
         yield _budget(connection, db, processes, 0 if found is None else len(found.live))
         yield clock
     yield tables

@@ -5,14 +5,18 @@ from __future__ import annotations
 import enum
 import shlex
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from sqlalchemy.dialects import postgresql
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-__all__ = ["Finding", "Level", "ago", "identifier", "word"]
+    from aftercommit.records.server import Server
+
+__all__ = ["READ_ONLY", "Finding", "Level", "ago", "change", "identifier", "word"]
+
+READ_ONLY: Final = "default_transaction_read_only"
 
 
 class Level(enum.Enum):
@@ -67,3 +71,18 @@ def identifier(name: str) -> str:
     """*name* as PostgreSQL reads it: in quotes where it needs them."""
     dialect = postgresql.dialect()  # type: ignore[no-untyped-call]  # SQLAlchemy's own
     return dialect.identifier_preparer.quote(name)
+
+
+def change(server: Server, name: str, value: str) -> str:
+    """Return the line that changes a setting where it was made.
+
+    A role's wins over its database's, both win over the server's, and what the client asks for over all of them.
+    """
+    source = server.sources.get(name, "")
+    if source == "client":
+        return f"Database(…)    # without {name} in the URL, or in connect_args"
+    role, database = identifier(server.role), identifier(server.database)
+    whose = {"user": f"ROLE {role}", "database user": f"ROLE {role} IN DATABASE {database}"}
+    change = f"ALTER {whose.get(source, f'DATABASE {database}')} SET {name} = {value};"
+    # Where all transactions are read-only, this one would be, too.
+    return f"BEGIN READ WRITE; {change} COMMIT;" if name == READ_ONLY else change

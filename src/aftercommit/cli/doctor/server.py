@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from aftercommit.cli.doctor.findings import Finding, Level, ago, identifier
+from aftercommit.cli.doctor.findings import READ_ONLY, Finding, Level, ago, change
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -19,7 +19,6 @@ __all__ = ["Clock", "check_budget", "check_clock", "check_server"]
 _OLDEST: Final = 140000
 _SKEW_SECONDS: Final = 1.0
 _LONG_TRANSACTION: Final = 3600.0
-_READ_ONLY: Final = "default_transaction_read_only"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,14 +63,14 @@ def _basics(server: Server) -> Iterable[Finding]:
             found=f"PostgreSQL {server.version} is too old",
             why="Nobody has tried this library on anything before PostgreSQL 14.",
         )
-    if server.is_replica or server.settings.get(_READ_ONLY) == "on":
+    if server.is_replica or server.settings.get(READ_ONLY) == "on":
         replica = server.is_replica
         yield Finding(
             check="server",
             level=Level.WRONG,
-            found="The server is a replica" if replica else f"{_READ_ONLY} is on",
+            found="The server is a replica" if replica else f"{READ_ONLY} is on",
             why="It takes no writes, and a task is a row that is written with yours.",
-            remedy=("Database('postgresql://…the primary…')",) if replica else (_change(server, _READ_ONLY, "off"),),
+            remedy=("Database('postgresql://…the primary…')",) if replica else (change(server, READ_ONLY, "off"),),
         )
     if server.oldest_transaction > _LONG_TRANSACTION:
         yield Finding(
@@ -94,7 +93,7 @@ def _transactions(server: Server) -> Iterable[Finding]:
             level=Level.WARNING,
             found=f"default_transaction_isolation is {level!r}",
             why="Runs of tasks are made again after a conflict (40001). Requests are not, and answer 500.",
-            remedy=(_change(server, "default_transaction_isolation", "'read committed'"),),
+            remedy=(change(server, "default_transaction_isolation", "'read committed'"),),
         )
     if server.settings.get("synchronous_commit") == "off":
         yield Finding(
@@ -102,7 +101,7 @@ def _transactions(server: Server) -> Iterable[Finding]:
             level=Level.NOTE,
             found="synchronous_commit is off",
             why="A crash of the server may lose the commits of its last moments, tasks and their effects alike.",
-            remedy=(_change(server, "synchronous_commit", "on"),),
+            remedy=(change(server, "synchronous_commit", "on"),),
         )
 
 
@@ -116,7 +115,7 @@ def _time_limits(server: Server, tasks: Sequence[Task[Any, Any]]) -> Iterable[Fi
             found=f"transaction_timeout is {whole:g} s, and these tasks may take longer: {_some(longer)}",
             why="The server ends their transactions then, and each time it does uses up an attempt.",
             remedy=(
-                _change(server, "transaction_timeout", "0"),
+                change(server, "transaction_timeout", "0"),
                 f"@db.task(timeout={whole:g})",
             ),
         )
@@ -138,21 +137,6 @@ def _time_limits(server: Server, tasks: Sequence[Task[Any, Any]]) -> Iterable[Fi
                 why=f"{consequence} A timeout of a task's own takes its place.",
                 remedy=("@db.task(timeout=…)",),
             )
-
-
-def _change(server: Server, name: str, value: str) -> str:
-    """Return the line that changes a setting where it was made.
-
-    A role's wins over its database's, both win over the server's, and what the client asks for over all of them.
-    """
-    source = server.sources.get(name, "")
-    if source == "client":
-        return f"Database(…)    # without {name} in the URL, or in connect_args"
-    role, database = identifier(server.role), identifier(server.database)
-    whose = {"user": f"ROLE {role}", "database user": f"ROLE {role} IN DATABASE {database}"}
-    change = f"ALTER {whose.get(source, f'DATABASE {database}')} SET {name} = {value};"
-    # Where all transactions are read-only, this one would be, too.
-    return f"BEGIN READ WRITE; {change} COMMIT;" if name == _READ_ONLY else change
 
 
 def _seconds(server: Server, name: str) -> float:

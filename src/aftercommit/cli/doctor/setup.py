@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import re
+import stat
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -184,7 +185,29 @@ def check_file(path: Path, where: str) -> list[Finding]:
             "Its locks do not reach other machines, and two of them would destroy it. Use a local disk, or PostgreSQL."
         )
         findings.append(_file_is_wrong(f"The file {path} is on a network file system ({kind})", why))
-    return findings or [Finding(check="file", level=Level.OK, found=f"{path}, {path.stat().st_size / 1e6:.1f} MB")]
+    size = f"{path.stat().st_size / 1e6:.1f} MB"
+    return [*(findings or [Finding(check="file", level=Level.OK, found=f"{path}, {size}")]), *_check_mode(path)]
+
+
+def _check_mode(path: Path) -> list[Finding]:
+    """Name the files of a database that every user of this machine may read: by their own bits, and their folders'."""
+    beside = [path, *(path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal"))]
+    open_to_all = [each for each in beside if each.exists() and each.stat().st_mode & stat.S_IROTH]
+    if os.name != "posix" or not open_to_all:
+        return []
+    private = [each for each in path.resolve().parents if not each.stat().st_mode & stat.S_IXOTH]
+    files = ", ".join(f"{each} ({stat.S_IMODE(each.stat().st_mode):04o})" for each in open_to_all)
+    kept_out = f", but for its folder {private[0]}, which keeps them out" if private else ""
+    return [
+        Finding(
+            check="file mode",
+            level=Level.NOTE if private else Level.WARNING,
+            found=f"Every user of this machine may read {files}{kept_out}",
+            why="The records hold the arguments and results of tasks, and the rows are yours. SQLite gives its other "
+            "files the mode of the first; umask 077 makes new ones private.",
+            remedy=(f"chmod o= {' '.join(word(each) for each in open_to_all)}",),
+        )
+    ]
 
 
 def network_file_system(folder: Path, mounts: str) -> str | None:

@@ -1,0 +1,1 @@
+"""Older tables, brought forward under old and new workers."""
