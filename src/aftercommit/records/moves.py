@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
+from aftercommit.records import keys
 from aftercommit.records.notifying import notify
 from aftercommit.records.statement import Statement
 from aftercommit.records.waiting import KINDS_LITE, KINDS_PG
@@ -132,6 +133,8 @@ class Failure:
 
 
 _MINE: Final = "WHERE id = :id AND attempt = :attempt AND claims = :claims AND state = 'running'"
+# Not by waiting for whoever has locked it: the thread that asks has more to do.
+_MINE_AND_FREE: Final = f"WHERE id = (SELECT id FROM aftercommit_task {_MINE} FOR UPDATE SKIP LOCKED)"
 
 _FINISH = Statement(
     f"UPDATE aftercommit_task SET state = 'succeeded', finished_at = {_PG_NOW}, result = CAST(:result AS json), "
@@ -233,24 +236,23 @@ def limit_time(connection: Connection, seconds: float) -> None:
 
 # --- the end of an attempt that failed --------------------------------------------------------------------------
 
+# As text, and only behind what is a list: somebody may have written there what is none.
 _ENTRY_PG: Final = (
-    "errors = CASE WHEN CAST(:entry AS text) IS NULL THEN errors ELSE "
-    "CAST(COALESCE(CAST(errors AS jsonb), '[]') || CAST(CAST(:entry AS text) AS jsonb) AS json) END"
+    "errors = CASE WHEN CAST(:entry AS text) IS NULL THEN errors "
+    "WHEN json_typeof(errors) = 'array' AND json_array_length(errors) > 0 THEN "
+    "CAST(left(rtrim(CAST(errors AS text), E' \\n\\r\\t'), -1) || ', ' || CAST(:entry AS text) || ']' AS json) "
+    "ELSE CAST('[' || CAST(:entry AS text) || ']' AS json) END"
 )
 _ENTRY_LITE: Final = (
-    "errors = CASE WHEN :entry IS NULL THEN errors ELSE json_insert(COALESCE(errors, '[]'), '$[#]', json(:entry)) END"
+    "errors = CASE WHEN :entry IS NULL THEN errors "
+    "WHEN CASE WHEN json_valid(errors) THEN json_type(errors) END = 'array' "
+    "THEN json_insert(errors, '$[#]', json(:entry)) ELSE json_array(json(:entry)) END"
 )
 _FAIL = Statement(
     f"UPDATE aftercommit_task SET state = 'failed', finished_at = {_PG_NOW}, error = :error, traceback = :traceback, "
-    f"attempt = LEAST(attempt, max_attempts), {_ENTRY_PG} {_MINE}",
+    f"attempt = LEAST(attempt, max_attempts), {_ENTRY_PG} {_MINE_AND_FREE}",
     f"UPDATE aftercommit_task SET state = 'failed', finished_at = {_LITE_NOW}, error = :error, traceback = :traceback, "
     f"attempt = MIN(attempt, max_attempts), {_ENTRY_LITE} {_MINE}",
-)
-# The key is taken up again only if no other task waits under it: both are then queued, and that is right, because
-# this one was asked for before it ran.
-_KEY_AGAIN: Final = (
-    "queued_key = CASE WHEN EXISTS (SELECT 1 FROM aftercommit_task o WHERE o.task = aftercommit_task.task "
-    "AND o.queued_key = aftercommit_task.key) THEN NULL ELSE key END"
 )
 # What has not even been tried keeps its place among the others.
 _PG_BACK: Final = (
@@ -258,18 +260,19 @@ _PG_BACK: Final = (
     f"ELSE {_PG_NOW} + :delay * interval '1 second' END"
 )
 _LITE_BACK: Final = f"CASE WHEN :refund = 1 AND :delay = 0 THEN run_at ELSE {_LITE_LATER} END"
+# Without the key at first: see ``keys``.
 _GIVE_BACK = Statement(
-    f"UPDATE aftercommit_task SET state = 'queued', run_at = {_PG_BACK}, worker = NULL, "
-    f"attempt = attempt - :refund, {_KEY_AGAIN}, error = COALESCE(:error, error), "
-    f"traceback = COALESCE(:traceback, traceback), {_ENTRY_PG} {_MINE}",
-    f"UPDATE aftercommit_task SET state = 'queued', run_at = {_LITE_BACK}, worker = NULL, "
-    f"attempt = attempt - :refund, {_KEY_AGAIN}, error = COALESCE(:error, error), "
-    f"traceback = COALESCE(:traceback, traceback), {_ENTRY_LITE} {_MINE}",
+    f"UPDATE aftercommit_task SET state = 'queued', run_at = {_PG_BACK}, worker = NULL, queued_key = NULL, "
+    f"attempt = attempt - :refund, error = COALESCE(:error, error), "
+    f"traceback = COALESCE(:traceback, traceback), {_ENTRY_PG} {_MINE_AND_FREE} RETURNING key",
+    f"UPDATE aftercommit_task SET state = 'queued', run_at = {_LITE_BACK}, worker = NULL, queued_key = NULL, "
+    f"attempt = attempt - :refund, error = COALESCE(:error, error), "
+    f"traceback = COALESCE(:traceback, traceback), {_ENTRY_LITE} {_MINE} RETURNING key",
 )
 
 
 def fail(connection: Connection, claim: Claim, failure: Failure, *, at: str) -> bool:
-    """Note that the task failed for good."""
+    """Note that the task failed for good; False as well while somebody else has locked the record."""
     parameters = {**claim.parameters(), **_written(failure), "entry": _entry(claim, failure, at)}
     return _FAIL.execute(connection, parameters).rowcount == 1
 
@@ -277,7 +280,7 @@ def fail(connection: Connection, claim: Claim, failure: Failure, *, at: str) -> 
 def give_back(
     connection: Connection, claim: Claim, failure: Failure | None, *, at: str, delay: float, refund: bool
 ) -> bool:
-    """Queue the task again.
+    """Queue the task again; False as well while somebody else has locked the record.
 
     Args:
         connection: In a transaction.
@@ -295,7 +298,10 @@ def give_back(
         "delay": delay,
         "refund": int(refund),
     }
-    return _GIVE_BACK.execute(connection, parameters).rowcount == 1
+    row = _GIVE_BACK.execute(connection, parameters).first()
+    if row is not None and row[0] is not None:
+        keys.take_up(connection, [claim.id])
+    return row is not None
 
 
 def _written(failure: Failure) -> dict[str, str]:
@@ -455,9 +461,9 @@ _CANCEL = Statement(
 )
 _RETRY = Statement(
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_PG_NOW}, finished_at = NULL, worker = NULL, "
-    f"attempt = 0, {_KEY_AGAIN} WHERE id = :id AND state IN ('failed', 'cancelled') RETURNING pool",
+    "attempt = 0, queued_key = NULL WHERE id = :id AND state IN ('failed', 'cancelled') RETURNING pool, key",
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_LITE_NOW}, finished_at = NULL, worker = NULL, "
-    f"attempt = 0, {_KEY_AGAIN} WHERE id = :id AND state IN ('failed', 'cancelled') RETURNING pool",
+    "attempt = 0, queued_key = NULL WHERE id = :id AND state IN ('failed', 'cancelled') RETURNING pool, key",
 )
 
 
@@ -468,10 +474,13 @@ def cancel(connection: Connection, record: UUID) -> bool:
 
 def retry(connection: Connection, record: UUID) -> bool:
     """Queue a task that failed or was cancelled once more, with all its attempts."""
-    pool = _RETRY.execute(connection, {"id": record}).scalar()
-    if pool is not None:
-        notify(connection, (pool,))
-    return pool is not None
+    row = _RETRY.execute(connection, {"id": record}).first()
+    if row is None:
+        return False
+    if row[1] is not None:
+        keys.take_up(connection, [record])
+    notify(connection, (row[0],))
+    return True
 
 
 # --- progress ---------------------------------------------------------------------------------------------------

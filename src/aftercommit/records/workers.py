@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
-from aftercommit.records import happenings, positions
+from aftercommit.records import happenings, keys, positions
 from aftercommit.records.moves import clear_progress
 from aftercommit.records.statement import Statement
 
@@ -46,11 +46,11 @@ _REGISTER = Statement(
     f"ON CONFLICT (id) DO UPDATE SET seen_at = {_LITE_NOW}",
 )
 _LOST_PG: Final = (
-    "SELECT t.id, t.task, t.key FROM aftercommit_task t LEFT JOIN aftercommit_worker w ON w.id = t.worker "
+    "SELECT t.id FROM aftercommit_task t LEFT JOIN aftercommit_worker w ON w.id = t.worker "
     f"WHERE t.state = 'running' AND (w.id IS NULL OR w.seen_at < {_PG_SILENT})"
 )
 _LOST_LITE: Final = (
-    "SELECT t.id, t.task, t.key FROM aftercommit_task t LEFT JOIN aftercommit_worker w ON w.id = t.worker "
+    "SELECT t.id FROM aftercommit_task t LEFT JOIN aftercommit_worker w ON w.id = t.worker "
     f"WHERE t.state = 'running' AND (w.id IS NULL OR w.seen_at < {_LITE_SILENT})"
 )
 # One statement, so that an idle application costs the server next to nothing.
@@ -63,32 +63,26 @@ _BEAT = Statement(
     "(SELECT json_group_array(t.id) FROM aftercommit_task t WHERE t.worker = :id AND t.state = 'running'), "
     f"EXISTS ({_LOST_LITE})",
 )
-# The key is taken up again unless somebody waits under it already, or an older one of those that are queued here
-# will: two would break the unique index, and with it the rescue of all the others.
-_AGAIN: Final = (
-    "state = 'queued', worker = NULL, queued_key = CASE WHEN EXISTS (SELECT 1 FROM aftercommit_task o "
-    "WHERE o.task = aftercommit_task.task AND o.queued_key = aftercommit_task.key) OR EXISTS (SELECT 1 FROM lost l "
-    "WHERE l.task = aftercommit_task.task AND l.key = aftercommit_task.key AND l.id < aftercommit_task.id) "
-    "THEN NULL ELSE key END"
-)
+# Without the key at first: see ``keys``.
+_AGAIN: Final = "state = 'queued', worker = NULL, queued_key = NULL"
 _RESCUE = Statement(
     f"WITH lost AS ({_LOST_PG} ORDER BY t.id LIMIT :count FOR UPDATE OF t SKIP LOCKED) "
     f"UPDATE aftercommit_task SET {_AGAIN}, run_at = {_PG_NOW}, error = :error "
-    "WHERE id IN (SELECT id FROM lost) AND state = 'running' RETURNING id",
+    "WHERE id IN (SELECT id FROM lost) AND state = 'running' RETURNING id, key",
     f"WITH lost AS ({_LOST_LITE} ORDER BY t.id LIMIT :count) "
     f"UPDATE aftercommit_task SET {_AGAIN}, run_at = {_LITE_NOW}, error = :error "
-    "WHERE id IN (SELECT id FROM lost) AND state = 'running' RETURNING id",
+    "WHERE id IN (SELECT id FROM lost) AND state = 'running' RETURNING id, key",
 )
 # Locked ones are left for the next time: a COMMIT in doubt may hold the row for as long as a network is down.
 _ORPHANS = Statement(
-    "WITH lost AS (SELECT id, task, key FROM aftercommit_task WHERE worker = :id AND state = 'running' "
+    "WITH lost AS (SELECT id FROM aftercommit_task WHERE worker = :id AND state = 'running' "
     "AND id IN (SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS uuid)) FOR UPDATE SKIP LOCKED) "
     f"UPDATE aftercommit_task SET {_AGAIN}, attempt = attempt - :refund "
-    "WHERE id IN (SELECT id FROM lost) AND state = 'running' RETURNING id",
-    "WITH lost AS (SELECT id, task, key FROM aftercommit_task WHERE worker = :id AND state = 'running' "
+    "WHERE id IN (SELECT id FROM lost) AND state = 'running' RETURNING id, key",
+    "WITH lost AS (SELECT id FROM aftercommit_task WHERE worker = :id AND state = 'running' "
     "AND id IN (SELECT value FROM json_each(:ids))) "
     f"UPDATE aftercommit_task SET {_AGAIN}, attempt = attempt - :refund "
-    "WHERE id IN (SELECT id FROM lost) AND state = 'running' RETURNING id",
+    "WHERE id IN (SELECT id FROM lost) AND state = 'running' RETURNING id, key",
 )
 _FORGET_SILENT = Statement(
     f"DELETE FROM aftercommit_worker WHERE seen_at < {_PG_SILENT} AND backends IS NULL AND NOT EXISTS "
@@ -125,7 +119,7 @@ def beat(connection: Connection, worker: UUID, *, silent_after: float) -> Pulse 
 def rescue(connection: Connection, *, silent_after: float, count: int = 500) -> list[UUID]:
     """Queue the tasks of silent workers again; return their ids. The claim that follows counts the next attempt."""
     parameters = {"silent": -silent_after, "count": count, "error": "its worker died or fell silent"}
-    return [_uuid(each) for each in _RESCUE.execute(connection, parameters).scalars()]
+    return _queued_again(connection, _RESCUE.execute(connection, parameters).all())
 
 
 def forget_silent(connection: Connection, *, silent_after: float) -> None:
@@ -145,7 +139,14 @@ def release_orphans(
         refund: Whether the attempt never began, and so does not count.
     """
     parameters = {"id": worker, "ids": json.dumps([each.hex for each in records]), "refund": int(refund)}
-    return [_uuid(each) for each in _ORPHANS.execute(connection, parameters).scalars()]
+    return _queued_again(connection, _ORPHANS.execute(connection, parameters).all())
+
+
+def _queued_again(connection: Connection, rows: Sequence[Any]) -> list[UUID]:
+    keyed = [_uuid(row[0]) for row in rows if row[1] is not None]
+    if keyed:
+        keys.take_up(connection, keyed)
+    return [_uuid(row[0]) for row in rows]
 
 
 def sign_off(connection: Connection, worker: UUID) -> None:

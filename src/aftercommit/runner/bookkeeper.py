@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _LONG: Final = 3600.0
 _LOCK_SECONDS: Final = 0.5
+_LIMIT_WAITS: Final = "SET lock_timeout = 1000"
+_LIMIT_WAITS_HERE: Final = "SET LOCAL lock_timeout = 1000"
+_LIMITED: Final = "aftercommit_lock_timeout"
 
 
 class BooksClosed(RuntimeError):
@@ -57,6 +60,8 @@ class Bookkeeper:
         self._round = round
         self.is_direct = False
         """Whether no pooler is known to stand between us and the server."""
+        self.between: Callable[[], None] | None = None
+        """Called between two jobs: what must not wait for all of them."""
         self._wake = threading.Condition()
         self._jobs: deque[tuple[Callable[[Connection], Any], Future[Any]]] = deque()
         self._woken = False
@@ -160,23 +165,27 @@ class Bookkeeper:
             self._loop.run(self._pool.async_dispose())
 
     def _execute(self, work: Callable[[Connection], T], *, autocommit: bool) -> T:
-        # Whatever the server's default: at a level with snapshots these would fail where they should wait and look.
-        if self._loop is None:
-            engine = self._engine
-            if not self._pools.is_sqlite:
-                engine = view_of(engine, **{LEVEL: "AUTOCOMMIT" if autocommit else "READ COMMITTED"})
-            elif autocommit:
-                engine = view_of(engine, **{AUTOCOMMIT: True})
+        if self._pools.is_sqlite:
+            engine = view_of(self._engine, **{AUTOCOMMIT: True}) if autocommit else self._engine
             with engine.begin() as connection:
                 return work(connection)
+        # A pooler gives each transaction to another server: what limits the waiting for locks must be said in it, and
+        # so there must be one. asyncpg even prepares first and executes then.
+        autocommit = autocommit and self.is_direct
+        # Whatever the server's default: at a level with snapshots these would fail where they should wait and look.
+        options = {LEVEL: "AUTOCOMMIT" if autocommit else "READ COMMITTED"}
+
+        def work_in_time(connection: Connection) -> T:
+            _limit_waits(connection, for_good=autocommit)
+            return work(connection)
+
+        if self._loop is None:
+            with view_of(self._engine, **options).begin() as connection:
+                return work_in_time(connection)
 
         async def run() -> T:
-            # asyncpg prepares first and executes then: outside a transaction, a pooler in between gives each step to
-            # another server, which knows nothing of the statement.
-            level = "AUTOCOMMIT" if autocommit and self.is_direct else "READ COMMITTED"
-            engine = async_view_of(self._pool.async_engine, **{LEVEL: level})
-            async with engine.begin() as connection:
-                return await connection.run_sync(work)
+            async with async_view_of(self._pool.async_engine, **options).begin() as connection:
+                return await connection.run_sync(work_in_time)
 
         return self._loop.run(run())
 
@@ -195,6 +204,8 @@ class Bookkeeper:
                     self._woken = False
                 for work, future in jobs:
                     self._do(work, future)
+                    if self.between is not None:
+                        self.between()
                 delay = self._make_round()
         finally:
             self._close()
@@ -252,3 +263,19 @@ class Bookkeeper:
             for _work, future in self._jobs:
                 future.set_exception(BooksClosed("the runner has stopped"))
             self._jobs.clear()
+
+
+def _limit_waits(connection: Connection, *, for_good: bool) -> None:
+    """Have no statement of ours wait for a lock for more than a second: whoever holds it may stand still for hours.
+
+    Args:
+        connection: To PostgreSQL.
+        for_good: Whether the server's session is surely nobody else's, and no transaction has begun that could take
+            the setting back.
+    """
+    info = connection.info
+    if _LIMITED in info:
+        return
+    connection.exec_driver_sql(_LIMIT_WAITS if for_good else _LIMIT_WAITS_HERE)
+    if for_good:
+        info[_LIMITED] = True
