@@ -426,8 +426,10 @@ def claim_one(connection: Connection, record: UUID, *, worker: UUID) -> bool:
 
 
 _REHOME = Statement(
-    "UPDATE aftercommit_task SET pool = :new WHERE state = 'queued' AND pool = :old "
-    "AND task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json))))",
+    # Those that an asker has locked, who counts on their being queued, come the next time.
+    "UPDATE aftercommit_task SET pool = :new WHERE id IN (SELECT id FROM aftercommit_task WHERE state = 'queued' "
+    "AND pool = :old AND task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json)))) "
+    "FOR UPDATE SKIP LOCKED)",
     "UPDATE aftercommit_task SET pool = :new WHERE state = 'queued' AND pool = :old "
     "AND task IN (SELECT value FROM json_each(:names))",
 )

@@ -51,17 +51,23 @@ class Bookkeeper:
         pools: Where its connection comes from.
         round: Called on the thread whenever something was asked for or a round is due; returns the seconds until
             the next one.
+        between: Called between two jobs, for what must not wait for all of them.
     """
 
-    def __init__(self, pools: Pools, round: Callable[[], float] | None = None) -> None:  # noqa: A002
+    def __init__(
+        self,
+        pools: Pools,
+        round: Callable[[], float] | None = None,  # noqa: A002
+        *,
+        between: Callable[[], None] | None = None,
+    ) -> None:
         self._pools = pools
         # Nobody else's, so that db.async_dispose() on the application's loop leaves alone what belongs to this one.
         self._pool = Pool(BOOKKEEPING, pools[BOOKKEEPING].settings, pools)
         self._round = round
+        self._between = between
         self.is_direct = False
         """Whether no pooler is known to stand between us and the server."""
-        self.between: Callable[[], None] | None = None
-        """Called between two jobs: what must not wait for all of them."""
         self._wake = threading.Condition()
         self._jobs: deque[tuple[Callable[[Connection], Any], Future[Any]]] = deque()
         self._woken = False
@@ -204,8 +210,8 @@ class Bookkeeper:
                     self._woken = False
                 for work, future in jobs:
                     self._do(work, future)
-                    if self.between is not None:
-                        self.between()
+                    if self._between is not None:
+                        self._between()
                 delay = self._make_round()
         finally:
             self._close()

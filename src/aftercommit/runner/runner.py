@@ -69,7 +69,7 @@ class Runner:
         self.sessions = sessions
         self.tasks = tasks
         self.rounds = Rounds(self, pace)
-        self.books = Bookkeeper(sessions.pools, self.rounds.make)
+        self.books = Bookkeeper(sessions.pools, self.rounds.make, between=self.rounds.stay_alive)
         self.herald = Herald(self.books, sessions.pools)
         self.held: dict[UUID, Run] = {}
         self.progressing: dict[UUID, Run] = {}
