@@ -14,6 +14,7 @@ while the record says ``running``; each returns whether it did.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
@@ -263,10 +264,10 @@ _LITE_BACK: Final = f"CASE WHEN :refund = 1 AND :delay = 0 THEN run_at ELSE {_LI
 # Without the key at first: see ``keys``.
 _GIVE_BACK = Statement(
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_PG_BACK}, worker = NULL, queued_key = NULL, "
-    f"attempt = attempt - :refund, error = COALESCE(:error, error), "
+    f"attempt = CASE WHEN attempt > 0 THEN attempt - :refund ELSE 0 END, error = COALESCE(:error, error), "
     f"traceback = COALESCE(:traceback, traceback), {_ENTRY_PG} {_MINE_AND_FREE} RETURNING key",
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_LITE_BACK}, worker = NULL, queued_key = NULL, "
-    f"attempt = attempt - :refund, error = COALESCE(:error, error), "
+    f"attempt = CASE WHEN attempt > 0 THEN attempt - :refund ELSE 0 END, error = COALESCE(:error, error), "
     f"traceback = COALESCE(:traceback, traceback), {_ENTRY_LITE} {_MINE} RETURNING key",
 )
 
@@ -323,21 +324,29 @@ _RETURNED: Final = (
     "RETURNING id, task, CAST(arguments AS text), attempt, claims, max_attempts, parent, CAST(context AS text), "
     "CAST(checkpoint AS text), priority, "
 )
+# Whatever number somebody has written there: the token goes on, and what was tried too often fails by itself.
+_TAKEN_PG: Final = (
+    "state = 'running', worker = :worker, attempt = GREATEST(0, LEAST(attempt, 2147483646)) + 1, "
+    f"claims = CASE WHEN claims < 2147483647 THEN claims ELSE 0 END + 1, queued_key = NULL, started_at = {_PG_NOW}"
+)
+_TAKEN_LITE: Final = (
+    "state = 'running', worker = :worker, attempt = MAX(0, MIN(CAST(attempt AS INTEGER), 2147483646)) + 1, "
+    "claims = CASE WHEN CAST(claims AS INTEGER) BETWEEN -2147483648 AND 2147483646 THEN CAST(claims AS INTEGER) "
+    f"ELSE 0 END + 1, queued_key = NULL, started_at = {_LITE_NOW}"
+)
+_WAITED_PG: Final = "CASE WHEN isfinite(run_at) THEN EXTRACT(EPOCH FROM now() - run_at) END"
+_WAITED_LITE: Final = "(julianday('now') - julianday(run_at)) * 86400.0"
 _NOT_PAUSED: Final = "NOT EXISTS (SELECT 1 FROM aftercommit_pool p WHERE p.name = :pool)"
 _CLAIM = Statement(
     "WITH due AS (SELECT id AS due_id FROM aftercommit_task WHERE state = 'queued' AND pool = :pool "
     "AND run_at <= now() AND task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json)))) "
     f"AND {_NOT_PAUSED} "
     "ORDER BY priority DESC, run_at, id LIMIT :count FOR UPDATE SKIP LOCKED) "
-    "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = attempt + 1, claims = claims + 1, "
-    f"queued_key = NULL, started_at = {_PG_NOW} FROM due WHERE id = due_id {_RETURNED} "
-    "EXTRACT(EPOCH FROM now() - run_at)",
-    "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = attempt + 1, claims = claims + 1, "
-    f"queued_key = NULL, started_at = {_LITE_NOW} WHERE id IN (SELECT id FROM aftercommit_task "
+    f"UPDATE aftercommit_task SET {_TAKEN_PG} FROM due WHERE id = due_id {_RETURNED} {_WAITED_PG}",
+    f"UPDATE aftercommit_task SET {_TAKEN_LITE} WHERE id IN (SELECT id FROM aftercommit_task "
     f"WHERE state = 'queued' AND pool = :pool AND run_at <= {_LITE_NOW} "
     f"AND task IN (SELECT value FROM json_each(:names)) AND {_NOT_PAUSED} "
-    f"ORDER BY priority DESC, run_at, id LIMIT :count) {_RETURNED} "
-    "(julianday('now') - julianday(run_at)) * 86400.0",
+    f"ORDER BY priority DESC, run_at, id LIMIT :count) {_RETURNED} {_WAITED_LITE}",
 )
 _ANY_DUE = Statement(
     f"SELECT EXISTS (SELECT 1 FROM aftercommit_task WHERE state = 'queued' AND pool = :pool AND run_at <= {_LITE_NOW} "
@@ -357,16 +366,12 @@ _CLAIM_CROWDED = Statement(
     f"{_OF_A_KIND.format(now='now()')} FOR UPDATE SKIP LOCKED) d WHERE k.pool = :pool "
     f"AND k.task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json)))) AND {_NOT_PAUSED} "
     "ORDER BY k.priority DESC, d.run_at, d.id LIMIT :count) "
-    "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = attempt + 1, claims = claims + 1, "
-    f"queued_key = NULL, started_at = {_PG_NOW} FROM due WHERE id = due_id {_RETURNED} "
-    "EXTRACT(EPOCH FROM now() - run_at)",
-    "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = attempt + 1, claims = claims + 1, "
-    f"queued_key = NULL, started_at = {_LITE_NOW} WHERE id IN (WITH {KINDS_LITE} SELECT c.id "
+    f"UPDATE aftercommit_task SET {_TAKEN_PG} FROM due WHERE id = due_id {_RETURNED} {_WAITED_PG}",
+    f"UPDATE aftercommit_task SET {_TAKEN_LITE} WHERE id IN (WITH {KINDS_LITE} SELECT c.id "
     + _KNOWN_KINDS_LITE.format(
         join=f"JOIN aftercommit_task c ON c.id IN (SELECT t.id {_OF_A_KIND.format(now=_LITE_NOW)})"
     )
-    + f" ORDER BY c.priority DESC, c.run_at, c.id LIMIT :count) {_RETURNED} "
-    "(julianday('now') - julianday(run_at)) * 86400.0",
+    + f" ORDER BY c.priority DESC, c.run_at, c.id LIMIT :count) {_RETURNED} {_WAITED_LITE}",
 )
 _ANY_DUE_CROWDED = Statement(
     f"WITH {KINDS_LITE} SELECT EXISTS (SELECT 1 "
@@ -396,20 +401,37 @@ def claim(
             # A claim that finds nothing would wait for the write lock all the same.
             return []
     rows = (_CLAIM_CROWDED if crowded else _CLAIM).execute(connection, parameters).all()
-    return [
-        Claimed(
-            claim=Claim(_uuid(row[0]), row[3], row[4]),
-            task=row[1],
-            arguments=row[2],
-            max_attempts=row[5],
-            parent=None if row[6] is None else _uuid(row[6]),
-            context=row[7],
-            checkpoint=row[8],
-            waited=max(0.0, float(row[10])),
-        )
-        # An UPDATE returns its rows in no order in particular; ids rise with time.
-        for row in sorted(rows, key=lambda row: (-row[9], -float(row[10]), str(row[0])))
-    ]
+    taken: list[tuple[tuple[int, float, str], Claimed]] = []
+    for row in rows:
+        try:
+            each = _claimed(row)
+            taken.append(((-int(row[9]), -each.waited, str(each.claim.id)), each))
+        except (ValueError, TypeError) as exc:
+            # Somebody has written there what no column of ours can hold; only SQLite lets him.
+            _UNREADABLE.execute(connection, {"raw": row[0], "error": f"the record cannot be read: {exc}"[:1000]})
+    # An UPDATE returns its rows in no order in particular; ids rise with time.
+    return [each for _place, each in sorted(taken, key=lambda pair: pair[0])]
+
+
+_UNREADABLE = Statement(
+    "UPDATE aftercommit_task SET state = 'failed', finished_at = clock_timestamp(), error = :error WHERE id = :raw",
+    f"UPDATE aftercommit_task SET state = 'failed', finished_at = {_LITE_NOW}, error = :error WHERE id = :raw",
+)
+
+
+def _claimed(row: Any) -> Claimed:
+    waited = float(row[10] or 0.0)
+    return Claimed(
+        claim=Claim(_uuid(row[0]), row[3], row[4]),
+        task=row[1],
+        arguments=row[2],
+        max_attempts=int(row[5]),
+        parent=None if row[6] is None else _uuid(row[6]),
+        context=row[7],
+        checkpoint=row[8],
+        # Nobody can say it of a moment that there never was, such as the year 0 or infinity.
+        waited=max(0.0, waited) if math.isfinite(waited) else 0.0,
+    )
 
 
 _CLAIM_ONE = Statement(

@@ -75,7 +75,8 @@ _PULSE = Statement(
     "WHERE t.worker = :id AND t.state = 'running'), "
     f"EXISTS ({_LOST_PG}) OR EXISTS (SELECT 1 FROM aftercommit_worker s WHERE s.backends IS NOT NULL "
     f"AND s.seen_at < {_PG_SILENT} AND s.id <> :id)",
-    "SELECT (SELECT json_group_array(t.id) FROM aftercommit_task t WHERE t.worker = :id AND t.state = 'running'), "
+    "SELECT (SELECT json_group_array(CAST(t.id AS TEXT)) FROM aftercommit_task t "
+    "WHERE t.worker = :id AND t.state = 'running'), "
     f"EXISTS ({_LOST_LITE})",
 )
 # Without the key at first: see ``keys``.
@@ -186,10 +187,11 @@ def release_orphans(
 
 
 def _queued_again(connection: Connection, rows: Sequence[Any]) -> list[UUID]:
-    keyed = [_uuid(row[0]) for row in rows if row[1] is not None]
+    found = {id: row[1] for row in rows if (id := _readable(row[0])) is not None}
+    keyed = [id for id, key in found.items() if key is not None]
     if keyed:
         keys.take_up(connection, keyed)
-    return [_uuid(row[0]) for row in rows]
+    return list(found)
 
 
 def sign_off(connection: Connection, worker: UUID) -> None:
@@ -199,20 +201,18 @@ def sign_off(connection: Connection, worker: UUID) -> None:
 
 def prune(connection: Connection, *, keep: float, count: int = 1000) -> int:
     """Delete up to *count* records that finished more than *keep* seconds ago; return how many."""
-    gone = [_uuid(each) for each in _PRUNE.execute(connection, {"keep": keep, "count": count}).scalars()]
+    rows = _PRUNE.execute(connection, {"keep": keep, "count": count}).scalars().all()
+    gone = [id for each in rows if (id := _readable(each)) is not None]
     if gone:
         clear_progress(connection, gone)
         positions.clear(connection, gone)
     happenings.prune(connection, keep=keep, count=count)
-    return len(gone)
+    return len(rows)
 
 
 def _readable(value: Any) -> UUID | None:
+    """None for what is no id: SQLite holds anything that somebody writes."""
     try:
-        return UUID(str(value))
+        return value if isinstance(value, UUID) else UUID(str(value))
     except ValueError:
         return None
-
-
-def _uuid(value: Any) -> UUID:
-    return value if isinstance(value, UUID) else UUID(str(value))
