@@ -343,14 +343,15 @@ _CLAIM = Statement(
     f"AND {_NOT_PAUSED} "
     "ORDER BY priority DESC, run_at, id LIMIT :count FOR UPDATE SKIP LOCKED) "
     f"UPDATE aftercommit_task SET {_TAKEN_PG} FROM due WHERE id = due_id {_RETURNED} {_WAITED_PG}",
+    # The name is not for an index: by the one of kinds, all that is delayed would be looked at (SQLite 3.53).
     f"UPDATE aftercommit_task SET {_TAKEN_LITE} WHERE id IN (SELECT id FROM aftercommit_task "
     f"WHERE state = 'queued' AND pool = :pool AND run_at <= {_LITE_NOW} "
-    f"AND task IN (SELECT value FROM json_each(:names)) AND {_NOT_PAUSED} "
+    f"AND +task IN (SELECT value FROM json_each(:names)) AND {_NOT_PAUSED} "
     f"ORDER BY priority DESC, run_at, id LIMIT :count) {_RETURNED} {_WAITED_LITE}",
 )
 _ANY_DUE = Statement(
     f"SELECT EXISTS (SELECT 1 FROM aftercommit_task WHERE state = 'queued' AND pool = :pool AND run_at <= {_LITE_NOW} "
-    f"AND task IN (SELECT value FROM json_each(:names)) AND {_NOT_PAUSED})"
+    f"AND +task IN (SELECT value FROM json_each(:names)) AND {_NOT_PAUSED})"
 )
 # The same where tasks stand in the way which cannot be taken: the first few of every kind, and of these the best. Not
 # always, because on PostgreSQL it locks, for its own length, more than it takes.
@@ -369,7 +370,8 @@ _CLAIM_CROWDED = Statement(
     f"UPDATE aftercommit_task SET {_TAKEN_PG} FROM due WHERE id = due_id {_RETURNED} {_WAITED_PG}",
     f"UPDATE aftercommit_task SET {_TAKEN_LITE} WHERE id IN (WITH {KINDS_LITE} SELECT c.id "
     + _KNOWN_KINDS_LITE.format(
-        join=f"JOIN aftercommit_task c ON c.id IN (SELECT t.id {_OF_A_KIND.format(now=_LITE_NOW)})"
+        # Crossed: in this order, whatever the planner believes.
+        join=f"CROSS JOIN aftercommit_task c ON c.id IN (SELECT t.id {_OF_A_KIND.format(now=_LITE_NOW)})"
     )
     + f" ORDER BY c.priority DESC, c.run_at, c.id LIMIT :count) {_RETURNED} {_WAITED_LITE}",
 )

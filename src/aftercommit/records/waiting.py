@@ -51,7 +51,7 @@ KINDS_PG: Final = (
 # SQLite begins at what is equal to a row of values, and reads all of it to find what is greater.
 KINDS_LITE: Final = (
     f"RECURSIVE kinds(pool, task, priority) AS (SELECT * FROM ({_FIRST}) UNION ALL SELECT n.pool, n.task, n.priority "
-    "FROM kinds k JOIN aftercommit_task n ON n.rowid = COALESCE("
+    "FROM kinds k CROSS JOIN aftercommit_task n ON n.rowid = COALESCE("
     f"(SELECT t.rowid {_NEXT} t.pool = k.pool AND t.task = k.task AND t.priority > k.priority {_IN_ORDER}), "
     f"(SELECT t.rowid {_NEXT} t.pool = k.pool AND t.task > k.task {_IN_ORDER}), "
     f"(SELECT t.rowid {_NEXT} t.pool > k.pool {_IN_ORDER})))"
