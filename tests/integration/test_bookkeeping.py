@@ -12,7 +12,7 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.orm import Session
 
-from aftercommit import PoolSettings, signals
+from aftercommit import PoolSettings, Retry, current_run, signals
 from aftercommit.records import census, moves, sweeping, waiting, workers
 from aftercommit.records.ids import uuid7
 from tests.support.databases import DatabaseUnderTest
@@ -265,3 +265,59 @@ def test_what_is_odd_while_it_runs_stops_no_heartbeat(shop: Workshop, database: 
         released = workers.release_orphans(connection, worker, pulse.running)
 
     assert set(released) == set(ids[: 3 if database.is_sqlite else 4])
+
+
+NUMBERS = [2**127 + 1, -(2**64), 2**63 - 1, 0.1 + 0.2, 1.0, -1e300, 5]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_numbers_come_back_equal(shop: Workshop, number: float) -> None:
+    """As a result and as a checkpoint, after which another claim goes on: whatever the column makes of numbers."""
+    restored: list[Any] = []
+
+    def body(session: Session, label: str) -> None:
+        run = current_run()
+        assert run is not None
+        restored.append(run.restored)
+        if run.restored is None:
+            session.add(Effect(label=label))
+            run.checkpoint(number)
+            session.commit()
+            raise KeyError
+
+    steps = shop.task(retry=Retry(attempts=1))(body)
+    if shop.is_async:
+
+        async def returns() -> int | float:
+            return number
+    else:
+
+        def returns() -> int | float:  # type: ignore[misc]  # the one or the other
+            return number
+
+    result = shop.db.task(returns)
+    with shop.running():
+        first, second = shop.ask(steps), shop.ask(result)
+        shop.drain()
+        retry = shop.on_loop(shop.db.async_retry(first)) if shop.is_async else shop.db.retry(first)
+        assert retry is None
+        shop.drain()
+
+    assert restored == [None, number]
+    assert [shop.record(first).checkpoint, shop.record(second).result] == [number, number]
+
+
+@pytest.mark.drivers("pysqlite")
+@pytest.mark.parametrize("value", [[float("inf")], {"a": float("nan")}, float("-inf")])
+def test_a_result_that_would_come_back_as_nothing_is_not_kept(shop: Workshop, value: Any) -> None:
+    """JSON has no infinity: it is not stored as null, and the run succeeds all the same."""
+
+    def returns() -> Any:
+        return value
+
+    task = shop.db.task(returns)
+    with shop.running():
+        id = shop.ask(task)
+        shop.drain()
+
+    assert (shop.record(id).state, shop.record(id).result) == ("succeeded", None)

@@ -160,7 +160,7 @@ _WROTE = Statement("SELECT pg_current_xact_id_if_assigned() IS NOT NULL")
 
 def finish(connection: Connection, claim: Claim, result: str | None) -> bool:
     """Note, in the task's own transaction, that it is done."""
-    return _FINISH.execute(connection, {**claim.parameters(), "result": result}).rowcount == 1
+    return _FINISH.execute(connection, {**claim.parameters(), "result": _kept(connection, result)}).rowcount == 1
 
 
 def lock(connection: Connection, claim: Claim) -> bool:
@@ -197,7 +197,20 @@ def standing(connection: Connection, claim: Claim) -> Standing:
 
 def save_checkpoint(connection: Connection, claim: Claim, value: str) -> bool:
     """Save *value*, JSON text, in the task's own transaction."""
-    return _CHECKPOINT.execute(connection, {**claim.parameters(), "value": value}).rowcount == 1
+    return _CHECKPOINT.execute(connection, {**claim.parameters(), "value": _kept(connection, value)}).rowcount == 1
+
+
+def _kept(connection: Connection, text: str | None) -> str | bytes | None:
+    """JSON text as it comes back equal.
+
+    SQLite makes a number of what looks like one in a column of type JSON, with 64 bits, and 15 digits as text again.
+    What is bytes it leaves alone.
+    """
+    if text is None or connection.dialect.name != "sqlite" or text[:1] not in "-0123456789":
+        return text
+    number = json.loads(text)
+    is_kept = isinstance(number, int) and -(2**63) <= number < 2**63
+    return text if is_kept else text.encode()
 
 
 def wrote_something(connection: Connection, before: int) -> bool:
