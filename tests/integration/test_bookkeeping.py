@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 from aftercommit import PoolSettings, Retry, current_run, signals
 from aftercommit.records import census, moves, sweeping, waiting, workers
 from aftercommit.records.ids import uuid7
+from aftercommit.tasks.transient import Fault, fault_of
 from tests.support.databases import DatabaseUnderTest
 from tests.support.workshop import TIMEOUT, Effect, Heard, Workshop
 
@@ -321,3 +322,28 @@ def test_a_result_that_would_come_back_as_nothing_is_not_kept(shop: Workshop, va
         shop.drain()
 
     assert (shop.record(id).state, shop.record(id).result) == ("succeeded", None)
+
+
+@postgres_drivers
+@pytest.mark.parametrize("write", ["fail", "give_back"])
+def test_a_locked_record_is_not_taken_for_a_lost_claim(shop: Workshop, write: str) -> None:
+    """Whoever cannot write the end of a claim is told that he must try again, at once, and not that it is gone."""
+    with shop.running(runs=["other"]):
+        id = shop.ask(shop.task()(effect))
+    worker = uuid7()
+    with shop.outside.connect() as connection:
+        claimed = moves.claim(connection, pool="default", names=["effect"], worker=worker, count=1)[0]
+    failure = moves.Failure(error="no", traceback="no")
+
+    def end(connection: sa.Connection) -> bool:
+        if write == "fail":
+            return moves.fail(connection, claimed.claim, failure, at="2020-01-01")
+        return moves.give_back(connection, claimed.claim, failure, at="2020-01-01", delay=0.0, refund=False)
+
+    with locked(shop, "SELECT 1 FROM aftercommit_task FOR UPDATE"):
+        with shop.outside.connect() as connection, pytest.raises(sa.exc.DBAPIError) as caught:
+            end(connection)
+        assert fault_of(caught.value) is Fault.CONFLICT
+    with shop.outside.connect() as connection:
+        assert end(connection)
+    assert shop.record(id).state == {"fail": "failed", "give_back": "queued"}[write]

@@ -134,8 +134,9 @@ class Failure:
 
 
 _MINE: Final = "WHERE id = :id AND attempt = :attempt AND claims = :claims AND state = 'running'"
-# Not by waiting for whoever has locked it: the thread that asks has more to do.
-_MINE_AND_FREE: Final = f"WHERE id = (SELECT id FROM aftercommit_task {_MINE} FOR UPDATE SKIP LOCKED)"
+# Not by waiting for whoever has locked it: the thread that asks has more to do. An error (55P03), and not a row count
+# of 0, which would say that the claim is lost.
+_MINE_AND_FREE: Final = f"WHERE id = (SELECT id FROM aftercommit_task {_MINE} FOR UPDATE NOWAIT)"
 
 _FINISH = Statement(
     f"UPDATE aftercommit_task SET state = 'succeeded', finished_at = {_PG_NOW}, result = CAST(:result AS json), "
@@ -286,7 +287,11 @@ _GIVE_BACK = Statement(
 
 
 def fail(connection: Connection, claim: Claim, failure: Failure, *, at: str) -> bool:
-    """Note that the task failed for good; False as well while somebody else has locked the record."""
+    """Note that the task failed for good.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: With 55P03 while somebody else has locked the record.
+    """
     parameters = {**claim.parameters(), **_written(failure), "entry": _entry(claim, failure, at)}
     return _FAIL.execute(connection, parameters).rowcount == 1
 
@@ -294,7 +299,7 @@ def fail(connection: Connection, claim: Claim, failure: Failure, *, at: str) -> 
 def give_back(
     connection: Connection, claim: Claim, failure: Failure | None, *, at: str, delay: float, refund: bool
 ) -> bool:
-    """Queue the task again; False as well while somebody else has locked the record.
+    """Queue the task again.
 
     Args:
         connection: In a transaction.
@@ -303,6 +308,9 @@ def give_back(
         at: The time of the failure, for the record.
         delay: Seconds until it is due again.
         refund: Whether the attempt does not count.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: With 55P03 while somebody else has locked the record.
     """
     entry = None if failure is None or refund else _entry(claim, failure, at)
     parameters = {
