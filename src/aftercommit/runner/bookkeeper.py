@@ -24,7 +24,7 @@ from aftercommit.tasks.transient import is_disconnect
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Engine
 
     from aftercommit.pools import Pools
 
@@ -35,9 +35,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _LONG: Final = 3600.0
 _LOCK_SECONDS: Final = 0.5
-_LIMIT_WAITS: Final = "SET lock_timeout = 1000"
 _LIMIT_WAITS_HERE: Final = "SET LOCAL lock_timeout = 1000"
-_LIMITED: Final = "aftercommit_lock_timeout"
 
 
 class BooksClosed(RuntimeError):
@@ -66,8 +64,9 @@ class Bookkeeper:
         self._pool = Pool(BOOKKEEPING, pools[BOOKKEEPING].settings, pools)
         self._round = round
         self._between = between
-        self.is_direct = False
-        """Whether no pooler is known to stand between us and the server."""
+        self._is_direct = False
+        self._is_limited = False
+        self._listened: Engine | None = None
         self._wake = threading.Condition()
         self._jobs: deque[tuple[Callable[[Connection], Any], Future[Any]]] = deque()
         self._woken = False
@@ -77,6 +76,23 @@ class Bookkeeper:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.Runner | None = None
         self._connection: Connection | None = None
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether no pooler is known to stand between us and the server."""
+        return self._is_direct
+
+    @is_direct.setter
+    def is_direct(self, is_direct: bool) -> None:
+        if is_direct and not self._is_direct:
+            # The next connection is made with its limit, see _connecting.
+            self._is_limited = False
+            if self._loop is None:
+                self._engine.dispose()
+            else:
+                # The connections alone: a new engine would ask the server what it is once more.
+                self._loop.run(self._pool.async_engine.dispose())
+        self._is_direct = is_direct
 
     def start(self) -> None:
         """Start the thread."""
@@ -177,12 +193,18 @@ class Bookkeeper:
                 return work(connection)
         # A pooler gives each transaction to another server: what limits the waiting for locks must be said in it, and
         # so there must be one. asyncpg even prepares first and executes then.
-        autocommit = autocommit and self.is_direct
+        autocommit = autocommit and self._is_limited
+        engine = self._engine if self._loop is None else self._pool.async_engine.sync_engine
+        if engine is not self._listened:
+            # An async engine that was disposed is replaced.
+            self._listened = engine
+            network.before_connecting(engine, self._connecting)
         # Whatever the server's default: at a level with snapshots these would fail where they should wait and look.
         options = {LEVEL: "AUTOCOMMIT" if autocommit else "READ COMMITTED"}
 
         def work_in_time(connection: Connection) -> T:
-            _limit_waits(connection, for_good=autocommit)
+            if not self._is_limited:
+                connection.exec_driver_sql(_LIMIT_WAITS_HERE)
             return work(connection)
 
         if self._loop is None:
@@ -255,6 +277,19 @@ class Bookkeeper:
             # Somebody may hold SQLite's write lock for long, and this thread has more to do than to wait for it.
             event.listen(self._engine, "connect", partial(be_impatient, seconds=_LOCK_SECONDS))
 
+    def _connecting(self, _dialect: Any, _record: Any, _args: Any, parameters: dict[str, Any]) -> None:
+        """Have no statement of ours wait for a lock for more than a second: whoever has it may stand still for hours.
+
+        For good where there is surely no pooler, which would refuse it; there each transaction says it for itself.
+        """
+        self._is_limited = self._is_direct
+        if not self._is_direct:
+            return
+        if self._loop is None:
+            parameters["options"] = f"{parameters.get('options') or ''} -c lock_timeout=1000"
+        else:
+            parameters["server_settings"] = {**(parameters.get("server_settings") or {}), "lock_timeout": "1000"}
+
     def _close(self) -> None:
         try:
             if self._loop is not None:
@@ -269,19 +304,3 @@ class Bookkeeper:
             for _work, future in self._jobs:
                 future.set_exception(BooksClosed("the runner has stopped"))
             self._jobs.clear()
-
-
-def _limit_waits(connection: Connection, *, for_good: bool) -> None:
-    """Have no statement of ours wait for a lock for more than a second: whoever holds it may stand still for hours.
-
-    Args:
-        connection: To PostgreSQL.
-        for_good: Whether the server's session is surely nobody else's, and no transaction has begun that could take
-            the setting back.
-    """
-    info = connection.info
-    if _LIMITED in info:
-        return
-    connection.exec_driver_sql(_LIMIT_WAITS if for_good else _LIMIT_WAITS_HERE)
-    if for_good:
-        info[_LIMITED] = True
