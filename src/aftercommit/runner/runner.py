@@ -18,6 +18,7 @@ from aftercommit.errors import ConfigurationError, TaskTimeout
 from aftercommit.pools import network
 from aftercommit.records import moves, notifying, waiting, workers
 from aftercommit.records.ids import uuid7
+from aftercommit.records.statement import savepoint
 from aftercommit.runner.around import around
 from aftercommit.runner.bookkeeper import Bookkeeper
 from aftercommit.runner.lanes import Lane
@@ -69,7 +70,7 @@ class Runner:
         self.sessions = sessions
         self.tasks = tasks
         self.rounds = Rounds(self, pace)
-        self.books = Bookkeeper(sessions.pools, self.rounds.make)
+        self.books = Bookkeeper(sessions.pools, self.rounds.make, between=self.rounds.stay_alive)
         self.herald = Herald(self.books, sessions.pools)
         self.held: dict[UUID, Run] = {}
         self.progressing: dict[UUID, Run] = {}
@@ -242,8 +243,9 @@ class Runner:
             return 0
 
         def write(connection: Connection) -> None:
-            given[:] = [run for run in mine if not _may_not_begin_again(run) and _write_back(connection, run)]
-            failed[:] = [run for run in mine if _may_not_begin_again(run) and _write_interrupted(connection, run)]
+            again = [run for run in mine if not _may_not_begin_again(run)]
+            given[:] = [run for run in again if _if_free(connection, run, _write_back)]
+            failed[:] = [run for run in mine if run not in again and _if_free(connection, run, _write_interrupted)]
 
         try:
             await self._write_patiently(write)
@@ -594,6 +596,19 @@ def _may_not_begin_again(run: Run) -> bool:
 
 def _is_left_to_others(run: Run) -> bool:
     return _may_not_begin_again(run) and run.task.settings.on_failure is not None
+
+
+def _if_free(connection: Connection, run: Run, write: Callable[[Connection, Run], bool]) -> bool:
+    """Write, unless somebody has locked the record: the others' are written all the same, and this one is rescued."""
+    if connection.dialect.name == "sqlite":
+        return write(connection, run)
+    try:
+        with savepoint(connection):
+            return write(connection, run)
+    except DBAPIError as exc:
+        if fault_of(exc) is not Fault.CONFLICT:
+            raise
+        return False
 
 
 def _write_back(connection: Connection, run: Run) -> bool:
