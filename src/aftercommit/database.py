@@ -43,6 +43,7 @@ from aftercommit.pools.views import async_view_of, view_of
 from aftercommit.records import moves, pausing, schema
 from aftercommit.records.ids import uuid7
 from aftercommit.runner import Outbox, Pace, Runner, TaskHandle, Wanted
+from aftercommit.runner.patience import in_the_end
 from aftercommit.runner.run import note_fault, stop_at_statement
 from aftercommit.runner.running import Running
 from aftercommit.sessions import (
@@ -259,7 +260,7 @@ class Database:
 
     async def _at_start(self, work: Callable[[Connection], T]) -> T:
         try:
-            return await self.async_call_anyhow(work)
+            return await in_the_end(partial(self.async_call_anyhow, work))
         except Exception as exc:
             if fault_of(exc) is not Fault.CONNECTION:
                 raise

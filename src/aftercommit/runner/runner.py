@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
@@ -23,6 +24,7 @@ from aftercommit.runner.bookkeeper import Bookkeeper
 from aftercommit.runner.lanes import Lane
 from aftercommit.runner.listening import Herald, Listener
 from aftercommit.runner.outcome import decide_outcome
+from aftercommit.runner.patience import in_the_end
 from aftercommit.runner.recording import end, tell_failed
 from aftercommit.runner.rounds import OVERRUN_SECONDS, Pace, Rounds, is_lost
 from aftercommit.runner.run import Run, failure_of, now
@@ -111,7 +113,8 @@ class Runner:
         self.books.start()
         self.sessions.pools.backends.on_connect = self.rounds.connected
         if durable:
-            await self.books.async_call(self.rounds.register)
+            # The bookkeeping has little patience, because its heartbeats come again, and this does not.
+            await in_the_end(partial(self.books.async_call, self.rounds.register))
         # Entered first: of processes that start together none would see another, and each would be content.
         try:
             await check()
