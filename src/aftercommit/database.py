@@ -1013,7 +1013,8 @@ def _note_fault(context: Any) -> None:
 def _set_up(engine: Engine) -> None:
     watch(engine)
     event.listen(engine, "handle_error", _note_fault)
-    steps_of(engine).before_statement.append(stop_at_statement)
+    # First: whoever has ended does not wait for SQLite's lock.
+    steps_of(engine).before_statement.insert(0, stop_at_statement)
 
 
 def _note_batch_fault(context: ExceptionContext) -> None:

@@ -16,7 +16,7 @@ from sqlalchemy.exc import DBAPIError
 
 from aftercommit import signals
 from aftercommit.errors import ConfigurationError, TaskTimeout
-from aftercommit.pools import network
+from aftercommit.pools import network, taking
 from aftercommit.records import moves, notifying, waiting, workers
 from aftercommit.records.ids import uuid7
 from aftercommit.runner.around import around
@@ -194,6 +194,7 @@ class Runner:
         is_async = any(run.task.is_async for run in leftover)
         await self._wait_idle(_UNWINDING_SECONDS if is_async else 0.5)
         hanging = [run for lane in self.lanes.values() for run in lane.active()]
+        taken: list[Callable[[], bool]] = []
         for run in hanging:
             # From here on it cannot commit: its record is no longer its own.
             run.is_taken_over = True
@@ -202,12 +203,13 @@ class Runner:
                 "Task %r (%s) did not end in time: it goes on in a process that is stopping, and can commit nothing",
                 run.name, run.id,
             )  # fmt: skip
-            if run.task.is_async and run.connection is not None:
+            if self.sessions.pools.is_sqlite:
+                # It may hold the write lock, and what is given back has to be written.
+                taken.append(taking.take(run.connection))
+            elif run.task.is_async and run.connection is not None:
                 # It may be the server that does not answer, and a loop does not close before its last task has ended.
                 network.cut(run.connection)
-            elif self.sessions.pools.is_sqlite and not run.is_finishing:
-                # It may hold the write lock, and what is given back has to be written.
-                _take_connection(run, is_sqlite=True)
+        await taking.all_over(taken)
         await self._hand_back(hanging)
         return len(leftover)
 
@@ -491,8 +493,6 @@ class Runner:
             "Task %r (%s) is still running %s s after its time was over: its thread is left to itself, and can commit "
             "nothing", run.name, run.id, OVERRUN_SECONDS,
         )  # fmt: skip
-        _take_connection(run, is_sqlite=self.sessions.pools.is_sqlite)
-        self.lanes[run.pool].abandon(run)
         thread = threading.Thread(target=self._record_overrun, args=(run,), name="aftercommit-overrun", daemon=True)
         self._overrun.add(thread)
         thread.start()
@@ -500,6 +500,9 @@ class Runner:
     def _record_overrun(self, run: Run) -> None:
         error = run.abandoned if isinstance(run.abandoned, TaskTimeout) else run.overdue()
         try:
+            # On SQLite it may hold the write lock, and its end has to be written.
+            taking.take_patiently(run.connection)
+            self.lanes[run.pool].abandon(run)
             with around(run, watched=False):
                 end(run, error, decide_outcome(run, error), self)
             # What it was given is still used by the thread that hangs, so the run is not closed.
@@ -609,23 +612,3 @@ def _write_interrupted(connection: Connection, run: Run) -> bool:
     """Fail it: it may begin only once, and has."""
     assert run.claim is not None  # noqa: S101  # those in memory have no record
     return moves.fail(connection, run.claim, failure_of(run.interrupted()), at=now())
-
-
-def _take_connection(run: Run, *, is_sqlite: bool) -> None:
-    """Take the connection from a run that hangs: the pool opens another, and nobody waits for what it has locked.
-
-    Best effort: on PostgreSQL the server's own time limits end the transaction. SQLite has no server, and the write
-    lock is everybody's; its driver allows a roll-back from another thread, and the run's next statement is refused.
-    """
-    connection = run.connection
-    if connection is None:
-        return
-    try:
-        driver = connection.connection.driver_connection
-        if is_sqlite and driver is not None:
-            driver.interrupt()
-            driver.rollback()
-        else:
-            connection.detach()
-    except Exception:  # whatever state it is in, the run is fenced off anyway
-        logger.debug("The connection of a run that hangs could not be taken", exc_info=True)
