@@ -43,6 +43,7 @@ from aftercommit.pools.views import async_view_of, view_of
 from aftercommit.records import moves, pausing, schema
 from aftercommit.records.ids import uuid7
 from aftercommit.runner import Outbox, Pace, Runner, TaskHandle, Wanted
+from aftercommit.runner.patience import in_the_end
 from aftercommit.runner.run import note_fault, stop_at_statement
 from aftercommit.runner.running import Running
 from aftercommit.sessions import (
@@ -259,7 +260,7 @@ class Database:
 
     async def _at_start(self, work: Callable[[Connection], T]) -> T:
         try:
-            return await self.async_call_anyhow(work)
+            return await in_the_end(partial(self.async_call_anyhow, work))
         except Exception as exc:
             if fault_of(exc) is not Fault.CONNECTION:
                 raise
@@ -1012,7 +1013,8 @@ def _note_fault(context: Any) -> None:
 def _set_up(engine: Engine) -> None:
     watch(engine)
     event.listen(engine, "handle_error", _note_fault)
-    steps_of(engine).before_statement.append(stop_at_statement)
+    # First: whoever has ended does not wait for SQLite's lock.
+    steps_of(engine).before_statement.insert(0, stop_at_statement)
 
 
 def _note_batch_fault(context: ExceptionContext) -> None:

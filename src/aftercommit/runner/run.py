@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aftercommit import signals
 from aftercommit.errors import CommitWithoutCheckpoint, ConfigurationError, LostClaim, TaskTimeout, WorkerLost
+from aftercommit.pools.taking import make_takeable
 from aftercommit.records import moves
 from aftercommit.records.moves import Claim, Failure
 from aftercommit.sessions import Owner, at_every_commit
@@ -206,7 +207,11 @@ class Run:
                 "again when the run is repeated. Leave the session's isolation level alone; use db.session() for work "
                 "that needs no transaction."
             )
+        make_takeable(connection)
         self.connection = connection
+        if self.abandoned is not None:
+            # Whoever ended it found no connection to take.
+            raise self.abandoned
         self._changes = moves.changes_so_far(connection)
         if self.deadline is not None:
             moves.limit_time(connection, max(0.0, self.deadline - time.monotonic()) + _SERVER_LAG)

@@ -14,6 +14,7 @@ from weakref import ref
 
 from sqlalchemy import Connection, Engine, create_engine, event
 
+from aftercommit.pools.taking import TakeableConnection
 from aftercommit.sessions.owner import Line
 
 if TYPE_CHECKING:
@@ -180,7 +181,7 @@ def ledger_of(connection: Connection) -> Ledger:
     return ledger
 
 
-class WatchedConnection(Connection):
+class WatchedConnection(TakeableConnection):
     """A connection of an engine of ours, which need not be listened to for its commits and rollbacks to be seen.
 
     What is overridden is not public, so ``watch`` tries it first; the events that come at the same moments are, but one
