@@ -21,6 +21,7 @@ from sqlalchemy.orm import Session
 
 from aftercommit import signals
 from aftercommit.batches import BatchReport
+from aftercommit.commits import autocommits, sync_session_of, wait_for_commit, watch
 from aftercommit.errors import (
     ConfigurationError,
     DatabaseUnavailable,
@@ -45,16 +46,7 @@ from aftercommit.records.ids import uuid7
 from aftercommit.runner import Outbox, Pace, Runner, TaskHandle, Wanted
 from aftercommit.runner.run import note_fault, stop_at_statement
 from aftercommit.runner.running import Running
-from aftercommit.sessions import (
-    Owner,
-    SessionFactory,
-    autocommits,
-    serving,
-    sync_session_of,
-    user_line,
-    wait_for_commit,
-    watch,
-)
+from aftercommit.sessions import Owner, SessionFactory, serving, user_line
 from aftercommit.stats import Stats, snapshot
 from aftercommit.tasks import Retry, Task, TaskSettings, current_run
 from aftercommit.tasks import context as carried

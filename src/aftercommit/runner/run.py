@@ -10,17 +10,18 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from aftercommit import signals
+from aftercommit.commits import fence_commits
 from aftercommit.errors import CommitWithoutCheckpoint, ConfigurationError, LostClaim, TaskTimeout, WorkerLost
-from aftercommit.records import moves
+from aftercommit.records import elsewhere, moves
 from aftercommit.records.moves import Claim, Failure
-from aftercommit.sessions import Owner, at_every_commit
+from aftercommit.sessions import Owner
 from aftercommit.tasks.current import CurrentRun, current_run
 from aftercommit.tasks.retry import Tries
 from aftercommit.tasks.transient import Fault, cancels_ours, fault_of
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from uuid import UUID
 
     from sqlalchemy import Connection
@@ -143,7 +144,7 @@ class Run:
             self.deadline = time.monotonic() + timeout
             if self.on_deadline is not None:
                 self.on_deadline(self)
-        at_every_commit(session, begun=self._begun, committing=self._committing)
+        fence_commits(session, self)
 
     def end_try(self) -> None:
         """Let go of what belonged to one try; what is done from here on is not the function's doing."""
@@ -199,7 +200,10 @@ class Run:
         if self.on_progress is not None:
             self.on_progress(self)
 
-    def _begun(self, connection: Connection) -> None:
+    # --- its commits, see commits.fences -------------------------------------------------------------------------
+
+    def begun(self, connection: Connection) -> None:
+        """A transaction of its session has begun."""
         if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
             raise ConfigurationError(
                 f"Task {self.name!r} put its session into AUTOCOMMIT: every statement would take effect by itself, and "
@@ -211,7 +215,21 @@ class Run:
         if self.deadline is not None:
             moves.limit_time(connection, max(0.0, self.deadline - time.monotonic()) + _SERVER_LAG)
 
-    def _committing(self, connection: Connection) -> None:
+    def begun_elsewhere(self, connection: Connection) -> None:
+        """Its session works on a second connection, too."""
+        elsewhere.note(connection)
+
+    def rolled_back(self, connection: Connection) -> None:
+        """Whatever begins on the connection now has written nothing yet."""
+        if not (connection.closed or connection.invalidated):
+            self._changes = moves.changes_so_far(connection)
+
+    def committing_anywhere(self, connection: Connection, others: Sequence[Connection]) -> None:
+        """A COMMIT comes on one of several connections: of these, only its own may have written."""
+        elsewhere.refuse_writes(connection, others, task=self.name)
+
+    def committing(self, connection: Connection) -> None:
+        """A COMMIT comes on its connection, whoever sends it."""
         if self.abandoned is not None:
             raise self.abandoned
         if self.is_overdue:
@@ -226,6 +244,8 @@ class Run:
             progress = self.current.take_progress()
             if progress is not None:
                 moves.set_progress(connection, self.id, *progress)
+        # Of a transaction that begins behind this commit past the session, nobody would be told.
+        self._changes = moves.changes_so_far(connection)
 
     def _commit_in_the_middle(self, connection: Connection) -> None:
         value = self.current.take_checkpoint()
