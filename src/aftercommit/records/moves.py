@@ -88,6 +88,7 @@ class Claimed:
         parent: The run that asked for it.
         context: JSON text, or None.
         checkpoint: JSON text, or None.
+        refunds: How many claims before this one used no attempt up, did not end in order, and got nothing done.
         waited: Seconds since it was due, by the database's clock.
     """
 
@@ -98,6 +99,7 @@ class Claimed:
     parent: UUID | None
     context: str | None
     checkpoint: str | None
+    refunds: int
     waited: float
 
 
@@ -148,8 +150,8 @@ _STANDING = Statement(
     "SELECT state, attempt, claims, CAST(checkpoint AS text) FROM aftercommit_task WHERE id = :id",
 )
 _CHECKPOINT = Statement(
-    f"UPDATE aftercommit_task SET checkpoint = CAST(:value AS json) {_MINE}",
-    f"UPDATE aftercommit_task SET checkpoint = :value {_MINE}",
+    f"UPDATE aftercommit_task SET checkpoint = CAST(:value AS json), refunds = attempt {_MINE}",
+    f"UPDATE aftercommit_task SET checkpoint = :value, refunds = attempt {_MINE}",
 )
 _WROTE = Statement("SELECT pg_current_xact_id_if_assigned() IS NOT NULL")
 
@@ -258,12 +260,16 @@ _PG_BACK: Final = (
     f"ELSE {_PG_NOW} + :delay * interval '1 second' END"
 )
 _LITE_BACK: Final = f"CASE WHEN :refund = 1 AND :delay = 0 THEN run_at ELSE {_LITE_LATER} END"
+# Counted at the claim; taken back where that ends in order, or has got on.
+_REFUNDS: Final = (
+    "refunds = CASE CAST(:how AS integer) WHEN 1 THEN refunds - 1 WHEN 2 THEN attempt - :refund ELSE refunds END"
+)
 _GIVE_BACK = Statement(
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_PG_BACK}, worker = NULL, "
-    f"attempt = attempt - :refund, {_KEY_AGAIN}, error = COALESCE(:error, error), "
+    f"attempt = attempt - :refund, {_REFUNDS}, {_KEY_AGAIN}, error = COALESCE(:error, error), "
     f"traceback = COALESCE(:traceback, traceback), {_ENTRY_PG} {_MINE}",
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_LITE_BACK}, worker = NULL, "
-    f"attempt = attempt - :refund, {_KEY_AGAIN}, error = COALESCE(:error, error), "
+    f"attempt = attempt - :refund, {_REFUNDS}, {_KEY_AGAIN}, error = COALESCE(:error, error), "
     f"traceback = COALESCE(:traceback, traceback), {_ENTRY_LITE} {_MINE}",
 )
 
@@ -275,7 +281,14 @@ def fail(connection: Connection, claim: Claim, failure: Failure, *, at: str) -> 
 
 
 def give_back(
-    connection: Connection, claim: Claim, failure: Failure | None, *, at: str, delay: float, refund: bool
+    connection: Connection,
+    claim: Claim,
+    failure: Failure | None,
+    *,
+    at: str,
+    delay: float,
+    refund: bool,
+    got_on: bool = False,
 ) -> bool:
     """Queue the task again.
 
@@ -286,6 +299,7 @@ def give_back(
         at: The time of the failure, for the record.
         delay: Seconds until it is due again.
         refund: Whether the attempt does not count.
+        got_on: Whether it saved something that the next claim goes on from.
     """
     entry = None if failure is None or refund else _entry(claim, failure, at)
     parameters = {
@@ -294,6 +308,7 @@ def give_back(
         "entry": entry,
         "delay": delay,
         "refund": int(refund),
+        "how": 1 if failure is None else 2 if got_on else 0,
     }
     return _GIVE_BACK.execute(connection, parameters).rowcount == 1
 
@@ -315,19 +330,23 @@ def _entry(claim: Claim, failure: Failure, at: str) -> str:
 
 _RETURNED: Final = (
     "RETURNING id, task, CAST(arguments AS text), attempt, claims, max_attempts, parent, CAST(context AS text), "
-    "CAST(checkpoint AS text), priority, "
+    "CAST(checkpoint AS text), refunds, priority, "
 )
 _NOT_PAUSED: Final = "NOT EXISTS (SELECT 1 FROM aftercommit_pool p WHERE p.name = :pool)"
+# At each claim, so that whoever rewrites his own record is counted, too; taken back where it ends in order. A number
+# that something has put there stops nobody.
+_COUNTED_PG: Final = "refunds = LEAST(refunds, 1000000) + 1"
+_COUNTED_LITE: Final = "refunds = MIN(refunds, 1000000) + 1"
 _CLAIM = Statement(
     "WITH due AS (SELECT id AS due_id FROM aftercommit_task WHERE state = 'queued' AND pool = :pool "
     "AND run_at <= now() AND task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json)))) "
     f"AND {_NOT_PAUSED} "
     "ORDER BY priority DESC, run_at, id LIMIT :count FOR UPDATE SKIP LOCKED) "
     "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = attempt + 1, claims = claims + 1, "
-    f"queued_key = NULL, started_at = {_PG_NOW} FROM due WHERE id = due_id {_RETURNED} "
+    f"{_COUNTED_PG}, queued_key = NULL, started_at = {_PG_NOW} FROM due WHERE id = due_id {_RETURNED} "
     "EXTRACT(EPOCH FROM now() - run_at)",
     "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = attempt + 1, claims = claims + 1, "
-    f"queued_key = NULL, started_at = {_LITE_NOW} WHERE id IN (SELECT id FROM aftercommit_task "
+    f"{_COUNTED_LITE}, queued_key = NULL, started_at = {_LITE_NOW} WHERE id IN (SELECT id FROM aftercommit_task "
     f"WHERE state = 'queued' AND pool = :pool AND run_at <= {_LITE_NOW} "
     f"AND task IN (SELECT value FROM json_each(:names)) AND {_NOT_PAUSED} "
     f"ORDER BY priority DESC, run_at, id LIMIT :count) {_RETURNED} "
@@ -352,10 +371,10 @@ _CLAIM_CROWDED = Statement(
     f"AND k.task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json)))) AND {_NOT_PAUSED} "
     "ORDER BY k.priority DESC, d.run_at, d.id LIMIT :count) "
     "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = attempt + 1, claims = claims + 1, "
-    f"queued_key = NULL, started_at = {_PG_NOW} FROM due WHERE id = due_id {_RETURNED} "
+    f"{_COUNTED_PG}, queued_key = NULL, started_at = {_PG_NOW} FROM due WHERE id = due_id {_RETURNED} "
     "EXTRACT(EPOCH FROM now() - run_at)",
     "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = attempt + 1, claims = claims + 1, "
-    f"queued_key = NULL, started_at = {_LITE_NOW} WHERE id IN (WITH {KINDS_LITE} SELECT c.id "
+    f"{_COUNTED_LITE}, queued_key = NULL, started_at = {_LITE_NOW} WHERE id IN (WITH {KINDS_LITE} SELECT c.id "
     + _KNOWN_KINDS_LITE.format(
         join=f"JOIN aftercommit_task c ON c.id IN (SELECT t.id {_OF_A_KIND.format(now=_LITE_NOW)})"
     )
@@ -399,10 +418,11 @@ def claim(
             parent=None if row[6] is None else _uuid(row[6]),
             context=row[7],
             checkpoint=row[8],
-            waited=max(0.0, float(row[10])),
+            refunds=row[9] - row[3],
+            waited=max(0.0, float(row[11])),
         )
         # An UPDATE returns its rows in no order in particular; ids rise with time.
-        for row in sorted(rows, key=lambda row: (-row[9], -float(row[10]), str(row[0])))
+        for row in sorted(rows, key=lambda row: (-row[10], -float(row[11]), str(row[0])))
     ]
 
 
@@ -455,9 +475,9 @@ _CANCEL = Statement(
 )
 _RETRY = Statement(
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_PG_NOW}, finished_at = NULL, worker = NULL, "
-    f"attempt = 0, {_KEY_AGAIN} WHERE id = :id AND state IN ('failed', 'cancelled') RETURNING pool",
+    f"attempt = 0, refunds = 0, {_KEY_AGAIN} WHERE id = :id AND state IN ('failed', 'cancelled') RETURNING pool",
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_LITE_NOW}, finished_at = NULL, worker = NULL, "
-    f"attempt = 0, {_KEY_AGAIN} WHERE id = :id AND state IN ('failed', 'cancelled') RETURNING pool",
+    f"attempt = 0, refunds = 0, {_KEY_AGAIN} WHERE id = :id AND state IN ('failed', 'cancelled') RETURNING pool",
 )
 
 

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any, Final
 
 from aftercommit import signals
 from aftercommit.commits import fence_commits
-from aftercommit.errors import CommitWithoutCheckpoint, ConfigurationError, LostClaim, TaskTimeout, WorkerLost
+from aftercommit.errors import (
+    CommitWithoutCheckpoint,
+    ConfigurationError,
+    LostClaim,
+    RunInVain,
+    TaskTimeout,
+    WorkerLost,
+)
 from aftercommit.records import elsewhere, moves
 from aftercommit.records.moves import Claim, Failure
 from aftercommit.sessions import Owner
@@ -48,6 +55,7 @@ class Run:
         arguments: JSON text.
         context: What follows the task across the hand-over, JSON text.
         checkpoint: What an earlier run saved, JSON text.
+        refunds: How many claims before this one came to nothing, without using an attempt up.
         waited: Seconds between its being due and its being taken.
         taken: When that was, by the monotonic clock; 0.0 before.
         pool: The pool it was asked for in, and runs in; the task's own by default.
@@ -63,6 +71,7 @@ class Run:
         is_taken_over: Whether somebody else records its end: it hangs.
         is_committed: Whether its last commit is done.
         was_called: Whether the task's function was called, under this claim.
+        got_on: Whether this claim has saved something that the next one goes on from.
     """
 
     task: Task[Any, Any]
@@ -73,6 +82,7 @@ class Run:
     arguments: str
     context: str | None = None
     checkpoint: str | None = None
+    refunds: int = 0
     waited: float = 0.0
     taken: float = 0.0
     pool: str = ""
@@ -88,6 +98,7 @@ class Run:
     is_taken_over: bool = False
     is_committed: bool = False
     was_called: bool = False
+    got_on: bool = False
     current: CurrentRun = field(init=False)
     session: Session | None = None
     connection: Connection | None = None
@@ -273,6 +284,28 @@ class Run:
         return LostClaim(
             f"Task {self.name!r} ({self.id}, attempt {self.attempt}) no longer owns its record: it was rescued by "
             "another worker after this one fell silent, or it was cancelled. Nothing of this run was committed.",
+            task=self.name,
+            run_id=self.id,
+        )
+
+    def hidden(self) -> RunInVain:
+        """The error of a run whose own transaction changed or hid its record."""
+        return RunInVain(
+            f"Task {self.name!r} ({self.id}, attempt {self.attempt}) could not commit: in its own transaction its "
+            "record was changed, deleted, or not to be found, so that nothing could say that it is done. Rolled back; "
+            "it would be the same each time. Leave the row of the task at hand alone (db.cancel and db.retry are for "
+            "those of others), and keep aftercommit's tables in sight (search_path, schema_translate_map).",
+            task=self.name,
+            run_id=self.id,
+        )
+
+    def in_vain(self) -> RunInVain:
+        """The error of a run that was claimed too often."""
+        return RunInVain(
+            f"Task {self.name!r} ({self.id}) was claimed {self.refunds} times without coming to an end or using up an "
+            "attempt: it met conflicts for as long as that, its worker never ran it to its end, or something resets "
+            "its record. Nothing of these runs was committed. Look at the record's error and at the workers' logs; "
+            "mended, it can be queued again with db.retry(id).",
             task=self.name,
             run_id=self.id,
         )

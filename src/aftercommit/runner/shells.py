@@ -251,7 +251,7 @@ def _ended_before(run: Run) -> tuple[BaseException, Outcome] | None:
     if run.stopping:
         return asyncio.CancelledError(), GiveBack()
     error = worn_out(run)
-    return None if error is None else (error, GiveUp(reason="its worker died too often"))
+    return None if error is None else (error, GiveUp(reason="it was begun too often"))
 
 
 def _with_session(run: Run, session: Session | AsyncSession, args: tuple[Any, ...]) -> tuple[Any, ...]:
