@@ -175,6 +175,13 @@ def test_a_failed_commit_drops_what_it_had_written(names: list[str]) -> None:
     assert set(entries(written)) <= set(entries(end.dropped))
 
 
+def test_a_commit_that_failed_loses_nothing_in_silence() -> None:
+    """Asked for, it told why it failed; a session that is closed behind that has forgotten nothing."""
+    state = to.try_commit(to.hand_over(to.SessionState(), [pending(0)]))
+
+    assert len(to.end_root(state, None).dropped) == 1
+
+
 def test_an_exception_that_was_handled_already_is_no_reason() -> None:
     """Handed over in an ``except`` and then closed without a commit, it is lost; closed by a new error, it is gone."""
     error, other = ValueError(), ValueError()

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
 
 from sqlalchemy import Connection, Engine, event
+from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.ext.asyncio import async_session as proxy_of
 from sqlalchemy.orm import Session, scoped_session
@@ -358,7 +359,17 @@ def _commit_others_first(hook: SessionHook, connection: Connection) -> None:
             )
         if other.get_transaction() is not None:
             # By the driver: SQLAlchemy's transaction goes on until the session commits it, too, which is then empty.
-            other.dialect.do_commit(other.connection)
+            _commit_by_driver(other)
+
+
+def _commit_by_driver(connection: Connection) -> None:
+    dialect: Any = connection.dialect
+    try:
+        dialect.do_commit(connection.connection)
+    except dialect.loaded_dbapi.Error as exc:
+        raise DBAPIError.instance(
+            None, None, exc, dialect.loaded_dbapi.Error, hide_parameters=True, dialect=dialect
+        ) from exc
 
 
 def _on_rollback(connection: Connection) -> None:
@@ -427,6 +438,8 @@ def _before_commit(session: Session) -> None:
     own = vars(session)
     hook: SessionHook | None = own.get(_HOOK)
     if hook is not None:
+        if hook.owns_commit:
+            hook.state = to.try_commit(hook.state)
         for bind in {each.bind: None for each in hook.state.pending}:
             if hook.connection_on(bind) is None:
                 # Nothing has been read or written yet, so there is no transaction on the server to wait for.

@@ -33,6 +33,7 @@ __all__ = [
     "roll_back_connection",
     "roll_back_joined",
     "roll_back_savepoint",
+    "try_commit",
     "write",
     "write_joined",
 ]
@@ -49,6 +50,7 @@ class SessionState:
         forgotten: What waited under savepoints that were neither released nor rolled back.
         released: Its nested transactions that were released and have not ended yet.
         undone: Those that were rolled back and have not ended yet.
+        is_tried: Whether its commit was asked for: what that fails with is told, so nothing is lost in silence.
         is_committed: Whether the transaction has committed, and is about to end.
         is_rolled_back: Whether it was rolled back on purpose.
     """
@@ -57,6 +59,7 @@ class SessionState:
     forgotten: Items = ()
     released: frozenset[Hashable] = frozenset()
     undone: frozenset[Hashable] = frozenset()
+    is_tried: bool = False
     is_committed: bool = False
     is_rolled_back: bool = False
 
@@ -117,6 +120,11 @@ def write(state: SessionState, is_here: Callable[[Pending], bool], *, owns_commi
         return replace(state, pending=_without(state.pending, chosen)), chosen
     marked = {each: replace(each, phase=Phase.WRITTEN) for each in chosen}
     return replace(state, pending=tuple(marked.get(each, each) for each in state.pending)), tuple(marked.values())
+
+
+def try_commit(state: SessionState) -> SessionState:
+    """The session is asked to commit."""
+    return state if state.is_tried else replace(state, is_tried=True)
 
 
 def commit_root(state: SessionState) -> tuple[SessionState, Effects]:
@@ -186,7 +194,8 @@ def end_root(state: SessionState, error: BaseException | None) -> Effects:
     # A commit that went through released or rolled back what was forgotten before it.
     settled = set(state.forgotten) if state.is_committed else set[Pending]()
     is_unwound = error is not None and all(each.asked_during is not error for each in items)
-    if state.is_rolled_back or is_unwound:
+    has_failed = state.is_tried and not state.is_committed
+    if state.is_rolled_back or is_unwound or has_failed:
         return Effects(dropped=items)
     gone = tuple(each for each in items if each.phase is not Phase.WAITING or each in settled)
     return Effects(dropped=gone, lost=_without(items, gone))
