@@ -306,13 +306,29 @@ def _on_commit(connection: Connection) -> None:
     hook = find_connection_hook(connection)
     if hook is None:
         return
-    if not hook.is_simulated:
-        _write(hook, connection)
-    for fence in tuple(hook.fences):
-        fence.committing(connection)
-    for session in tuple(hook.sessions):
-        if len(session.connections) > 1:
-            _commit_others_first(session, connection)
+    try:
+        if not hook.is_simulated:
+            _write(hook, connection)
+        for fence in tuple(hook.fences):
+            fence.committing(connection)
+        for session in tuple(hook.sessions):
+            if len(session.connections) > 1:
+                _commit_others_first(session, connection)
+    except BaseException:
+        _abort(connection)
+        raise
+
+
+def _abort(connection: Connection) -> None:
+    """Roll back what will not be committed, at once.
+
+    A session that is closed behind a failed COMMIT, without a rollback, gives its connection back to the pool still in
+    that transaction (SQLAlchemy 2.0 and 2.1): whoever has it next would commit what was refused here.
+    """
+    dialect: Any = connection.dialect
+    with suppress(Exception):
+        # SQLAlchemy goes on to take the transaction for one that needs a rollback, which is then empty.
+        dialect.do_rollback(connection.connection)
 
 
 def _write(hook: ConnectionHook, connection: Connection) -> None:
