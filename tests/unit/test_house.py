@@ -18,6 +18,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 FLOORS = (
     ("errors", "signals"),
     ("pools",),
+    ("commits",),
     ("sessions",),
     ("records", "tasks"),
     ("runner",),

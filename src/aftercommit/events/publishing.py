@@ -71,14 +71,14 @@ class UnhandledSink:
     def __init__(self, lost: Any) -> None:
         self._lost = lost
 
-    def write(self, connection: Connection, entries: Sequence[Unhandled], *, prompt: bool) -> None:  # noqa: ARG002
+    def write(self, connection: Connection, entries: Sequence[Unhandled], *, owns_commit: bool) -> None:  # noqa: ARG002
         """Write the keys."""
         happenings.insert(connection, [entry.event for entry in entries])
 
     def committed(self, entries: Sequence[Unhandled]) -> None:
         """Nothing starts."""
 
-    def unsettled(self, entries: Sequence[Unhandled], connection: Connection) -> None:
+    def outcome_unknown(self, entries: Sequence[Unhandled], connection: Connection) -> None:
         """Nothing starts."""
 
     def dropped(self, entries: Sequence[Unhandled]) -> None:

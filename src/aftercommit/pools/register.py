@@ -158,6 +158,8 @@ class Register:
             hold = Hold()
             if own is None:
                 hold.line = user_line()
+                if session is not None:
+                    hold.owner = "a session of the application's own"
             else:
                 # The second of a session that works on two engines.
                 hold.owner, hold.kind, hold.allowed, hold.opened_by = own.owner, own.kind, own.allowed, own.opened_by

@@ -90,6 +90,7 @@ class Claimed:
         parent: The run that asked for it.
         context: JSON text, or None.
         checkpoint: JSON text, or None.
+        refunds: How many claims before this one used no attempt up, did not end in order, and got nothing done.
         waited: Seconds since it was due, by the database's clock.
     """
 
@@ -100,6 +101,7 @@ class Claimed:
     parent: UUID | None
     context: str | None
     checkpoint: str | None
+    refunds: int
     waited: float
 
 
@@ -153,8 +155,8 @@ _STANDING = Statement(
     "SELECT state, attempt, claims, CAST(checkpoint AS text) FROM aftercommit_task WHERE id = :id",
 )
 _CHECKPOINT = Statement(
-    f"UPDATE aftercommit_task SET checkpoint = CAST(:value AS json) {_MINE}",
-    f"UPDATE aftercommit_task SET checkpoint = :value {_MINE}",
+    f"UPDATE aftercommit_task SET checkpoint = CAST(:value AS json), refunds = attempt {_MINE}",
+    f"UPDATE aftercommit_task SET checkpoint = :value, refunds = attempt {_MINE}",
 )
 _WROTE = Statement("SELECT pg_current_xact_id_if_assigned() IS NOT NULL")
 
@@ -275,13 +277,17 @@ _PG_BACK: Final = (
     f"ELSE {_PG_NOW} + :delay * interval '1 second' END"
 )
 _LITE_BACK: Final = f"CASE WHEN :refund = 1 AND :delay = 0 THEN run_at ELSE {_LITE_LATER} END"
+# Counted at the claim; taken back where that ends in order, or has got on.
+_REFUNDS: Final = (
+    "refunds = CASE CAST(:how AS integer) WHEN 1 THEN refunds - 1 WHEN 2 THEN attempt - :refund ELSE refunds END"
+)
 # Without the key at first: see ``keys``.
 _GIVE_BACK = Statement(
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_PG_BACK}, worker = NULL, queued_key = NULL, "
-    f"attempt = CASE WHEN attempt > 0 THEN attempt - :refund ELSE 0 END, error = COALESCE(:error, error), "
+    f"attempt = CASE WHEN attempt > 0 THEN attempt - :refund ELSE 0 END, {_REFUNDS}, error = COALESCE(:error, error), "
     f"traceback = COALESCE(:traceback, traceback), {_ENTRY_PG} {_MINE_AND_FREE} RETURNING key",
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_LITE_BACK}, worker = NULL, queued_key = NULL, "
-    f"attempt = CASE WHEN attempt > 0 THEN attempt - :refund ELSE 0 END, error = COALESCE(:error, error), "
+    f"attempt = CASE WHEN attempt > 0 THEN attempt - :refund ELSE 0 END, {_REFUNDS}, error = COALESCE(:error, error), "
     f"traceback = COALESCE(:traceback, traceback), {_ENTRY_LITE} {_MINE} RETURNING key",
 )
 
@@ -297,7 +303,14 @@ def fail(connection: Connection, claim: Claim, failure: Failure, *, at: str) -> 
 
 
 def give_back(
-    connection: Connection, claim: Claim, failure: Failure | None, *, at: str, delay: float, refund: bool
+    connection: Connection,
+    claim: Claim,
+    failure: Failure | None,
+    *,
+    at: str,
+    delay: float,
+    refund: bool,
+    got_on: bool = False,
 ) -> bool:
     """Queue the task again.
 
@@ -308,6 +321,7 @@ def give_back(
         at: The time of the failure, for the record.
         delay: Seconds until it is due again.
         refund: Whether the attempt does not count.
+        got_on: Whether it saved something that the next claim goes on from.
 
     Raises:
         sqlalchemy.exc.DBAPIError: With 55P03 while somebody else has locked the record.
@@ -319,6 +333,7 @@ def give_back(
         "entry": entry,
         "delay": delay,
         "refund": int(refund),
+        "how": 1 if failure is None else 2 if got_on else 0,
     }
     row = _GIVE_BACK.execute(connection, parameters).first()
     if row is not None and row[0] is not None:
@@ -343,17 +358,22 @@ def _entry(claim: Claim, failure: Failure, at: str) -> str:
 
 _RETURNED: Final = (
     "RETURNING id, task, CAST(arguments AS text), attempt, claims, max_attempts, parent, CAST(context AS text), "
-    "CAST(checkpoint AS text), priority, "
+    "CAST(checkpoint AS text), refunds, priority, "
 )
+# At each claim, so that whoever rewrites his own record is counted, too; taken back where it ends in order. A number
+# that something has put there stops nobody.
+_COUNTED_PG: Final = "refunds = LEAST(refunds, 1000000) + 1"
+_COUNTED_LITE: Final = "refunds = MIN(refunds, 1000000) + 1"
 # Whatever number somebody has written there: the token goes on, and what was tried too often fails by itself.
 _TAKEN_PG: Final = (
     "state = 'running', worker = :worker, attempt = GREATEST(0, LEAST(attempt, 2147483646)) + 1, "
-    f"claims = CASE WHEN claims < 2147483647 THEN claims ELSE 0 END + 1, queued_key = NULL, started_at = {_PG_NOW}"
+    f"claims = CASE WHEN claims < 2147483647 THEN claims ELSE 0 END + 1, {_COUNTED_PG}, queued_key = NULL, "
+    f"started_at = {_PG_NOW}"
 )
 _TAKEN_LITE: Final = (
     "state = 'running', worker = :worker, attempt = MAX(0, MIN(CAST(attempt AS INTEGER), 2147483646)) + 1, "
     "claims = CASE WHEN CAST(claims AS INTEGER) BETWEEN -2147483648 AND 2147483646 THEN CAST(claims AS INTEGER) "
-    f"ELSE 0 END + 1, queued_key = NULL, started_at = {_LITE_NOW}"
+    f"ELSE 0 END + 1, {_COUNTED_LITE}, queued_key = NULL, started_at = {_LITE_NOW}"
 )
 _WAITED_PG: Final = "CASE WHEN isfinite(run_at) THEN EXTRACT(EPOCH FROM now() - run_at) END"
 _WAITED_LITE: Final = "(julianday('now') - julianday(run_at)) * 86400.0"
@@ -428,7 +448,7 @@ def claim(
     for row in rows:
         try:
             each = _claimed(row)
-            taken.append(((-int(row[9]), -each.waited, str(each.claim.id)), each))
+            taken.append(((-int(row[10]), -each.waited, str(each.claim.id)), each))
         except (ValueError, TypeError) as exc:
             # Somebody has written there what no column of ours can hold; only SQLite lets him.
             _UNREADABLE.execute(connection, {"raw": row[0], "error": f"the record cannot be read: {exc}"[:1000]})
@@ -443,7 +463,7 @@ _UNREADABLE = Statement(
 
 
 def _claimed(row: Any) -> Claimed:
-    waited = float(row[10] or 0.0)
+    waited = float(row[11] or 0.0)
     return Claimed(
         claim=Claim(_uuid(row[0]), row[3], row[4]),
         task=row[1],
@@ -452,6 +472,7 @@ def _claimed(row: Any) -> Claimed:
         parent=None if row[6] is None else _uuid(row[6]),
         context=row[7],
         checkpoint=row[8],
+        refunds=int(row[9]) - int(row[3]),
         # Nobody can say it of a moment that there never was, such as the year 0 or infinity.
         waited=max(0.0, waited) if math.isfinite(waited) else 0.0,
     )
@@ -508,9 +529,11 @@ _CANCEL = Statement(
 )
 _RETRY = Statement(
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_PG_NOW}, finished_at = NULL, worker = NULL, "
-    "attempt = 0, queued_key = NULL WHERE id = :id AND state IN ('failed', 'cancelled') RETURNING pool, key",
+    "attempt = 0, refunds = 0, queued_key = NULL WHERE id = :id AND state IN ('failed', 'cancelled') "
+    "RETURNING pool, key",
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_LITE_NOW}, finished_at = NULL, worker = NULL, "
-    "attempt = 0, queued_key = NULL WHERE id = :id AND state IN ('failed', 'cancelled') RETURNING pool, key",
+    "attempt = 0, refunds = 0, queued_key = NULL WHERE id = :id AND state IN ('failed', 'cancelled') "
+    "RETURNING pool, key",
 )
 
 

@@ -427,6 +427,7 @@ class Rounds:
                 arguments=each.arguments,
                 context=each.context,
                 checkpoint=each.checkpoint,
+                refunds=each.refunds,
                 waited=each.waited,
                 pool=lane.name,
             )

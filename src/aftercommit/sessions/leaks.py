@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
 
+from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
@@ -27,11 +28,12 @@ from aftercommit.pools.holds import KEPT, OF_SESSION, Hold, hold_of
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sqlalchemy import Connection, PoolProxiedConnection
+    from sqlalchemy import PoolProxiedConnection
+    from sqlalchemy.orm import SessionTransaction
 
     from aftercommit.sessions.owner import Owner
 
-__all__ = ["Leash", "put_on_leash"]
+__all__ = ["Leash", "listen", "put_on_leash"]
 
 # Whatever is still open when the process ends goes with it, and is no news then.
 _open: Final[dict[Leash, _Tether]] = {}
@@ -111,6 +113,27 @@ def put_on_leash(session: Session, owner: Owner, pool: str) -> Leash:
     _open[leash] = tether = _Tether(session, _dropped)
     tether.leash = leash
     return leash
+
+
+def listen(target: Session | type[Session]) -> None:
+    """Have leashes hear of the transactions of sessions of ours, by their class."""
+    event.listen(target, "after_begin", _after_begin)
+    event.listen(target, "after_transaction_end", _after_transaction_end)
+
+
+def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    # A connection that the session was given stays whose it was.
+    if transaction.parent is None and not isinstance(session.bind, Connection):
+        leash: Leash | None = session.info.get(OF_SESSION)
+        if leash is not None:
+            leash.begun(connection)
+
+
+def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
+    if transaction.parent is None and not transaction.nested:
+        leash: Leash | None = session.info.get(OF_SESSION)
+        if leash is not None and leash.held:
+            leash.held.clear()
 
 
 class _Tether(ref[Session]):

@@ -26,9 +26,11 @@ from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
+from aftercommit import commits
 from aftercommit.errors import SessionShared
 from aftercommit.pools.holds import at_work
 from aftercommit.pools.lines import Line, is_machinery, is_users, line_at
+from aftercommit.sessions import leaks
 from aftercommit.sessions.owner import Owner
 
 if TYPE_CHECKING:
@@ -175,10 +177,19 @@ def guard_session(session: Session | AsyncSession, owner: Owner) -> Guard:
     vars(sync)[_GUARD] = guard
     sync_kind: Any = type(sync)
     sync.__class__ = _guarded(sync_kind)
+    if "dispatch" in vars(sync):
+        # It was listened to while it was made, and goes on by the listeners of the class that it had then.
+        _listen(sync)
     return guard
 
 
-@event.listens_for(Session, "after_flush")
+def _listen(target: Session | type[Session]) -> None:
+    """Listen to a class of guarded sessions, or to one session that has listeners of its own already."""
+    event.listen(target, "after_flush", _after_flush)
+    leaks.listen(target)
+    commits.listen(target)
+
+
 def _after_flush(session: Session, _context: object) -> None:
     guard: Guard | None = vars(session).get(_GUARD)
     if guard is not None:
@@ -194,7 +205,9 @@ def _guarded(kind: type[Session]) -> type[Session]:
     # `with session.begin():` ends the transaction past the session, and so may whoever asks for it.
     given = ("begin", "get_transaction", "get_nested_transaction")
     giving = {name: _giving(methods.get(name) or getattr(kind, name)) for name in given}
-    return _subclass(kind, {**methods, **giving, "_execute_internal": _execute(kind)})
+    made = _subclass(kind, {**methods, **giving, "_execute_internal": _execute(kind)})
+    _listen(made)
+    return made
 
 
 @cache
