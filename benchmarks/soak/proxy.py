@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import threading
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from random import Random
@@ -16,6 +17,10 @@ WAYS: Final[tuple[Way, ...]] = ("cut", "half-close", "swallow", "delay", "trunca
 MOMENTS: Final[tuple[Moment, ...]] = ("now", "commit", "committed")
 LAGS: Final = 0.35
 """How many of all COMMITs, and of their answers, are late. Within that time others claim what is not locked."""
+
+LISTED_WITHIN: Final = 3.0
+"""Seconds, on a loaded machine: a worker has listed a connection of this age as its own, so that whoever rescues it can
+end it. What locks of younger ones do is documented (explanation/guarantees.md), and takes longer than a soak."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +59,7 @@ class _Link:
         self._proxy = proxy
         self.up, self.down = client, server
         self.is_vanished = False
+        self.born = time.monotonic()
         self._ends: list[asyncio.TimerHandle] = []
 
     async def pump(self, side: _Side) -> None:
@@ -160,11 +166,14 @@ class Proxy:
         return self._rng.uniform(0.0, 0.1) if self._rng.random() < LAGS else 0.0
 
     def vanish(self) -> None:
-        """Have the client of every connection vanish; the server is told nothing until ``close``."""
+        """Have the client of every connection vanish; the server is told nothing until ``close``, but of young ones."""
 
         async def all_of_them() -> None:
-            for link in self._links:
-                link.vanish()
+            for link in list(self._links):
+                if time.monotonic() - link.born > LISTED_WITHIN:
+                    link.vanish()
+                else:
+                    link.cut()
 
         self.done["network: client vanishes"] += 1
         self._call(all_of_them())
