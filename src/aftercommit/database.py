@@ -1017,7 +1017,7 @@ def _set_up(engine: Engine) -> None:
 
 
 def _note_batch_fault(context: ExceptionContext) -> None:
-    # Only a batch that runs has to know, and then its room has been imported.
-    chunks = sys.modules.get("aftercommit.batches.chunks")
-    if chunks is not None:
-        chunks.note_fault(context)
+    # Only a batch that runs has to know, and then its room has been imported. Another thread may be at it just now.
+    note = getattr(sys.modules.get("aftercommit.batches.chunks"), "note_fault", None)
+    if note is not None:
+        note(context)
