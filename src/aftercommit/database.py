@@ -33,6 +33,7 @@ from aftercommit.errors import (
 )
 from aftercommit.events.handlers import Handlers, Handles, as_task_function, check_event_type
 from aftercommit.events.publishing import EventHandle, Unhandled, UnhandledSink, new_event
+from aftercommit.plain import indented
 from aftercommit.pools import Pools, PoolSettings
 from aftercommit.pools.budget import Share, shares
 from aftercommit.pools.pools import BOOKKEEPING, REQUEST
@@ -53,6 +54,7 @@ from aftercommit.tasks import Retry, Task, TaskSettings, current_run
 from aftercommit.tasks import context as carried
 from aftercommit.tasks.definition import define, task_name
 from aftercommit.tasks.transient import Fault, describe, fault_of
+from aftercommit.wording import without_values
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -256,7 +258,7 @@ class Database:
         except Exception as exc:
             if fault_of(exc) is not Fault.CONNECTION:
                 raise
-            reason = str(getattr(exc, "orig", None) or exc).strip() or describe(exc)
+            reason = indented(str(without_values(getattr(exc, "orig", None) or exc)).strip()) or describe(exc)
             raise DatabaseUnavailable(
                 f"{render(self._pools.flavours.given)} cannot be reached: {reason}. Nothing was started, because "
                 "nobody would see that it cannot work. Start it again when the database answers; whatever supervises "
