@@ -7,10 +7,11 @@ has logged. They are shown by their numbers instead, as Python writes them: ``\x
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Final
+from typing import Any, Final
 
-__all__ = ["indented", "one_line", "several_lines"]
+__all__ = ["indented", "json_text", "one_line", "several_lines"]
 
 _INVISIBLE: Final = re.compile(
     "[\\x00-\\x08\\x0a-\\x1f\\x7f-\\x9f"  # C0 but the tab, C1
@@ -38,6 +39,17 @@ def several_lines(text: str) -> str:
 def indented(text: str) -> str:
     """Return *text* so that only its first line begins where lines begin: no other one can be taken for somebody's."""
     return several_lines(text).replace("\n", "\n    ")
+
+
+def json_text(value: Any) -> str:
+    """Return *value* as JSON for people and scripts: readable, and without control characters but its own lines."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    # Those below 0x20 were escaped already, so that a line that ends here is one of the document's.
+    return "\n".join(_INVISIBLE.sub(_escaped_in_json, line) for line in text.split("\n"))
+
+
+def _escaped_in_json(found: re.Match[str]) -> str:
+    return json.dumps(found[0])[1:-1] if found[0] != "\x7f" else "\\u007f"
 
 
 def _escaped(found: re.Match[str]) -> str:

@@ -348,9 +348,12 @@ class Runner:
         try:
             if lane.submit(run, reserved=reserved):
                 return True
-        except RuntimeError:
+        except RuntimeError as exc:
             # No thread can be started, or the loop is closed. The commit that brought us here is done, and right.
-            logger.exception("Task %r (%s) could not be started here; it is queued again", run.name, run.id)
+            logger.error(  # noqa: TRY400  # without values
+                "Task %r (%s) could not be started here; it is queued again", run.name, run.id,
+                exc_info=without_values(exc),
+            )  # fmt: skip
             lane.abandon(run)
         # The runner stopped between the commit and now.
         self.held.pop(run.id, None)
