@@ -44,6 +44,7 @@ from aftercommit.pools.urls import flavours, identity, is_sqlite, render
 from aftercommit.pools.views import async_view_of, view_of
 from aftercommit.records import moves, pausing, schema
 from aftercommit.records.ids import uuid7
+from aftercommit.records.missing import explain_missing_table
 from aftercommit.runner import Outbox, Pace, Runner, TaskHandle, Wanted
 from aftercommit.runner.patience import in_the_end
 from aftercommit.runner.run import note_fault, stop_at_statement
@@ -1006,6 +1007,7 @@ def _owner() -> Owner:
 def _note_fault(context: Any) -> None:
     note_fault(context)
     _note_batch_fault(context)
+    explain_missing_table(context)
     if fault_of(context.sqlalchemy_exception or context.original_exception) is Fault.STALE:
         # A primary no longer, or plans from before a migration: it answers, so the pool would hand it out for ever.
         context.is_disconnect = True
