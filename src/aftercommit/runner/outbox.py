@@ -58,8 +58,8 @@ class TaskHandle:
             """
             raise HandOverError(
                 "A hand-over is not awaited: after_commit(…) and publish(…) do nothing but note what is to be written "
-                "at the commit, and return at once. Leave out the `await`. What became of the task stands in its record: "
-                "session.get(TaskRecord, handle.id)."
+                "at the commit, and return at once. Leave out the `await`. What became of the task stands in its "
+                "record: session.get(TaskRecord, handle.id)."
             )
 
     def __repr__(self) -> str:
