@@ -330,7 +330,7 @@ def _message(error: BaseException, code: str | None, fields: object, message: st
     if code is None:
         # The driver itself. Of what cannot be a value, psycopg's errors of connecting are what an operator needs most.
         names = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
-        if ("psycopg", "OperationalError") in names:
+        if ("psycopg", "OperationalError") in names or isinstance(error.__cause__, OSError):
             return message.strip()
         is_about_values = ("asyncpg", "InterfaceError") not in names or ("asyncpg", "DataError") in names
         return _until_value(message, known, after_colon=not is_about_values)
