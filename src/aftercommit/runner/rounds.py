@@ -226,8 +226,8 @@ class Rounds:
             return
         try:
             self._renew()
-        except Exception:  # the heartbeat itself, which follows, finds the same, and tells of it
-            logger.debug("The worker's row could not be renewed between two jobs", exc_info=True)
+        except Exception as exc:  # the heartbeat itself, which follows, finds the same, and tells of it
+            logger.debug("The worker's row could not be renewed between two jobs", exc_info=without_values(exc))
 
     def _renew(self) -> bool:
         runner = self._runner
