@@ -41,7 +41,7 @@ from starlette.responses import JSONResponse, Response
 
 from aftercommit.errors import ConfigurationError, HandOverError, PoolExhausted
 from aftercommit.events import EventHandle
-from aftercommit.plain import indented, one_line
+from aftercommit.plain import one_line
 from aftercommit.pools.pools import REQUEST
 from aftercommit.sessions import AsyncScope, Owner, Scope, line_of, serving, shielded
 from aftercommit.tasks.transient import Fault, fault_of, is_disconnect, met_in_commit
@@ -220,7 +220,8 @@ def _answer_503(request: Request, error: Exception, detail: str) -> Response:
     if request.scope["type"] != "http":
         # Starlette comes here with WebSockets, too. One that was accepted knows no status: it ends as without us.
         raise error
-    told = indented(str(without_values(error)))
+    # Our own texts have several lines; those of others are laid out by what leaves the values out.
+    told = str(without_values(error))
     logger.error("%s %s: %s", one_line(request.method), one_line(request.url.path), told)
     return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "1"})
 

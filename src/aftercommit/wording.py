@@ -25,7 +25,8 @@ from typing import TYPE_CHECKING, Any, Final, cast
 
 from sqlalchemy import exc
 
-from aftercommit.plain import indented, one_line
+from aftercommit.errors import AfterCommitError
+from aftercommit.plain import indented, one_line, several_lines
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -183,7 +184,7 @@ class _Telling:
             members = [self.likeness(member, depth + 1) for member in error.exceptions] if depth < _DEEPEST else []
             like = _stand_in(error, indented(self._cleaned(str(error.message))), members)
         else:
-            text = indented(self.text(error))
+            text = _laid_out(error, self.text(error))
             like = (_twin(error) if text == _text(error) else None) or _stand_in(error, text)
         self._made[id(error)] = like
         like.__traceback__ = error.__traceback__
@@ -219,11 +220,16 @@ def _common(text: str, other: str) -> int:
     return next((i for i, (a, b) in enumerate(zip(text, other, strict=False)) if a != b), min(len(text), len(other)))
 
 
+def _laid_out(error: BaseException, text: str) -> str:
+    """Return a message as it may stand among other lines. Ours have lines of their own, which nobody else writes."""
+    return several_lines(text) if isinstance(error, AfterCommitError) else indented(text)
+
+
 def _is_odd(link: BaseException) -> bool:
     """Whether a message would spoil the lines around it."""
-    texts = [str(link.message) if isinstance(link, BaseExceptionGroup) else _text(link)]
-    texts += map(str, getattr(link, "__notes__", None) or ())
-    return any(indented(text) != text for text in texts)
+    text = str(link.message) if isinstance(link, BaseExceptionGroup) else _text(link)
+    notes = map(str, getattr(link, "__notes__", None) or ())
+    return _laid_out(link, text) != text or any(indented(note) != note for note in notes)
 
 
 def _secrets(link: BaseException, safe: str) -> Iterator[tuple[str, str]]:
