@@ -286,6 +286,11 @@ class _Explaining(QueuePool):
 class ExplainingPool(_Explaining):
     """For sessions."""
 
+    # Where people look for the pool's own log, and switch it: not among what this library has to say.
+    _sqla_logger_namespace = "sqlalchemy.pool.impl.QueuePool"
+
 
 class AsyncExplainingPool(_Explaining, AsyncAdaptedQueuePool):
     """For async sessions."""
+
+    _sqla_logger_namespace = "sqlalchemy.pool.impl.AsyncAdaptedQueuePool"
