@@ -19,7 +19,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import sqlalchemy
-from sqlalchemy import Connection, create_engine
+from sqlalchemy import Connection, create_engine, event
 from sqlalchemy.orm import Session
 
 from aftercommit.errors import ConfigurationError
@@ -104,7 +104,7 @@ def check() -> None:
             session.connection()
             root = session.get_transaction()
             assert root is not None  # noqa: S101  # begun above
-            sqlalchemy.event.listen(connection, "commit", lambda _: seen.append(is_committing(root)))
+            event.listen(connection, "commit", lambda _: seen.append(is_committing(root)))
             found = [*connections_of(root), *open_savepoints(connection), is_committing(root)]
             session.commit()
         works = len(found) == 3 and found[0] == Taken(connection, is_own=True) and (found[2], seen) == (False, [True])  # noqa: PLR2004
