@@ -339,3 +339,18 @@ def test_targets_of_make_are_there() -> None:
 
     assert named
     assert named <= targets
+
+
+def test_the_tests_that_prove_the_guarantees_are_there():
+    """Every test that the guarantees page names exists, and is a test."""
+    text = (DOCS / "explanation" / "guarantees.md").read_text(encoding="utf-8")
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)
+
+    missing = [
+        f"{path}::{name}"
+        for path, name in named
+        if not (ROOT / path).is_file() or (name and f"def {name}(" not in (ROOT / path).read_text(encoding="utf-8"))
+    ]
+
+    assert len(named) > 40
+    assert not missing
