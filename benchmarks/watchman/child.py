@@ -16,9 +16,9 @@ from sqlalchemy.orm import Session
 
 from aftercommit import Database
 from aftercommit.fastapi import AsyncSessionDep, SessionDep, install
-from aftercommit.pools.holds import OF_SESSION
 from aftercommit.sessions.ended import end_for_good
-from aftercommit.sessions.sharing import guard_session
+from aftercommit.watch.holders import OF_SESSION
+from aftercommit.watch.sharing import guard_session
 from benchmarks.overhead.job import Job
 
 STRETCH: Final = 10
@@ -78,7 +78,7 @@ def put_on_none(session: Session, *_: object) -> NoLeash:
 def taken_out(stack: ExitStack) -> Database:
     """Take out what watches: connections, statements, open sessions, and the look for the line that opens one."""
     for name, instead in (
-        ("aftercommit.pools.register.Register.attach", lambda *_: None),
+        ("aftercommit.watch.register.Register.attach", lambda *_: None),
         ("aftercommit.database.user_line", lambda **_: None),
         ("aftercommit.sessions.scopes.put_on_leash", put_on_none),
     ):

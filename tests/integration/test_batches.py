@@ -24,7 +24,7 @@ from aftercommit import BatchReport, Database, PoolSettings, Retry, TaskRecord, 
 from aftercommit.batches import sources
 from aftercommit.batches.stretches import Stretch, gaps, merged
 from aftercommit.errors import BatchError, BatchStopped, ConfigurationError, RowGone
-from aftercommit.sessions.owner import OWNER
+from aftercommit.watch.owners import OWNER
 from tests.support.databases import DatabaseUnderTest
 
 

@@ -12,8 +12,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools import network, sqlite
-from aftercommit.pools.register import AsyncExplainingPool, ExplainingPool
 from aftercommit.pools.urls import PACKAGES, Flavour, is_sqlite, render
+from aftercommit.watch.register import AsyncExplainingPool, ExplainingPool
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

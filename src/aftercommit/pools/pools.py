@@ -15,9 +15,9 @@ from aftercommit.errors import ConfigurationError
 from aftercommit.pools import network, pipelines, sqlite, views
 from aftercommit.pools.backends import Backends
 from aftercommit.pools.options import check_options, engine_options, engine_url
-from aftercommit.pools.register import Register
 from aftercommit.pools.settings import PoolSettings
 from aftercommit.pools.urls import Flavour, Flavours, flavours, is_sqlite, render
+from aftercommit.watch.register import Register
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

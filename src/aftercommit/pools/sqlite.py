@@ -26,9 +26,9 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
-from aftercommit.pools.holds import note_lock
 from aftercommit.pools.steps import steps_of
 from aftercommit.pools.views import taken_with
+from aftercommit.watch.holders import note_lock
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, PoolProxiedConnection

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools.pools import REQUEST
-from aftercommit.pools.watchman import Watchman
 from aftercommit.runner.budgeting import check_budget, check_processes
 from aftercommit.runner.listening import Herald
+from aftercommit.watch.watchdog import Watchman
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -4,7 +4,6 @@ from aftercommit.sessions.ended import end_for_good
 from aftercommit.sessions.factory import SessionFactory
 from aftercommit.sessions.ledger import Entry, Sink, watch
 from aftercommit.sessions.opened import AsyncOpened, Opened, SyncOpened, is_async_callable, to_the_end
-from aftercommit.sessions.owner import Line, Owner, line_of, serving, user_line
 from aftercommit.sessions.scopes import AsyncScope, Scope, shielded
 from aftercommit.sessions.waiting import (
     at_every_commit,
@@ -14,6 +13,7 @@ from aftercommit.sessions.waiting import (
     sync_session_of,
     wait_for_commit,
 )
+from aftercommit.watch.owners import Line, Owner, line_of, serving, user_line
 
 __all__ = [
     "AsyncOpened",

@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import DetachedInstanceError
 
 from aftercommit.errors import SessionEnded
-from aftercommit.sessions.owner import OWNER, Owner
+from aftercommit.watch.owners import OWNER, Owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -14,7 +14,7 @@ from weakref import ref
 
 from sqlalchemy import Connection, Engine, create_engine, event
 
-from aftercommit.sessions.owner import Line
+from aftercommit.watch.owners import Line
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -13,9 +13,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from aftercommit.sessions.ended import end_for_good, explain_survivors
-from aftercommit.sessions.leaks import put_on_leash
-from aftercommit.sessions.owner import OWNER, Owner
-from aftercommit.sessions.sharing import Guard, guard_session
+from aftercommit.watch.leaks import put_on_leash
+from aftercommit.watch.owners import OWNER, Owner
+from aftercommit.watch.sharing import Guard, guard_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine

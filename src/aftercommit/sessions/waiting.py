@@ -21,7 +21,6 @@ from sqlalchemy.ext.asyncio import async_session as proxy_of
 from sqlalchemy.orm import Session, scoped_session
 
 from aftercommit.errors import HandOverError
-from aftercommit.pools.holds import OF_SESSION, hold_of
 from aftercommit.sessions.ledger import (
     Entry,
     Item,
@@ -33,14 +32,15 @@ from aftercommit.sessions.ledger import (
     open_savepoints,
     report_lost,
 )
-from aftercommit.sessions.owner import Owner, user_line
+from aftercommit.watch.holders import OF_SESSION, hold_of
+from aftercommit.watch.owners import Owner, user_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from sqlalchemy.orm import SessionTransaction
 
-    from aftercommit.sessions.leaks import Leash
+    from aftercommit.watch.leaks import Leash
 
 __all__ = [
     "at_every_commit",

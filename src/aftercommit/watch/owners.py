@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from aftercommit.pools.lines import Line, line_of, user_line
+from aftercommit.watch.call_sites import Line, line_of, user_line
 
 if TYPE_CHECKING:
     from uuid import UUID

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, Pool, PoolProxiedConnection
     from sqlalchemy.pool import ConnectionPoolEntry
 
-    from aftercommit.pools.lines import Line
-    from aftercommit.pools.standstill import Flow
+    from aftercommit.watch.call_sites import Line
+    from aftercommit.watch.deadlocks import Flow
 
 __all__ = [
     "HOLD",

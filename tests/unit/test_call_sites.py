@@ -9,7 +9,7 @@ import fastapi
 import pytest
 import sqlalchemy
 
-from aftercommit.pools.lines import Line, line_of, user_line
+from aftercommit.watch.call_sites import Line, line_of, user_line
 
 SOURCE = """
 def ask(look):

@@ -22,14 +22,14 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from aftercommit import signals
-from aftercommit.pools.holds import KEPT, OF_SESSION, Hold, hold_of
+from aftercommit.watch.holders import KEPT, OF_SESSION, Hold, hold_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from sqlalchemy import Connection, PoolProxiedConnection
 
-    from aftercommit.sessions.owner import Owner
+    from aftercommit.watch.owners import Owner
 
 __all__ = ["Leash", "put_on_leash"]
 

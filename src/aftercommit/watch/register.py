@@ -13,10 +13,10 @@ from sqlalchemy.util.queue import Empty, Full
 
 from aftercommit import signals
 from aftercommit.errors import PoolExhausted
-from aftercommit.pools.holds import HOLD, OF_SESSION, Hold, note_statements, shortened
-from aftercommit.pools.lines import session_taking, user_line
-from aftercommit.pools.standstill import Flow, stop_waiting, this_flow, wait_for, waiting_among
-from aftercommit.pools.timing import Meter
+from aftercommit.watch.call_sites import session_taking, user_line
+from aftercommit.watch.deadlocks import Flow, stop_waiting, this_flow, wait_for, waiting_among
+from aftercommit.watch.holders import HOLD, OF_SESSION, Hold, note_statements, shortened
+from aftercommit.watch.timing import Meter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -27,9 +27,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from aftercommit.errors import SessionShared
-from aftercommit.pools.holds import at_work
-from aftercommit.pools.lines import Line, is_machinery, is_users, line_at
-from aftercommit.sessions.owner import Owner
+from aftercommit.watch.call_sites import Line, is_machinery, is_users, line_at
+from aftercommit.watch.holders import at_work
+from aftercommit.watch.owners import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
