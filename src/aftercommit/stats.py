@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from aftercommit.runner import Runner
     from aftercommit.runner.lanes import Lane
     from aftercommit.tasks import Task
-    from aftercommit.watch.holders import Hold
+    from aftercommit.watch.holders import HeldConnection
 
 __all__ = ["ClusterStats", "ClusterTask", "Holder", "PoolStats", "Stats", "TaskStats", "Timing", "snapshot"]
 
@@ -214,7 +214,7 @@ def _pool(pool: Pool, lane: Lane | None, *, running: int, backlog: int) -> PoolS
     )
 
 
-def _holder(hold: Hold, now: float) -> Holder:
+def _holder(hold: HeldConnection, now: float) -> Holder:
     owner, statement = hold.owner, hold.statement
     who = owner if isinstance(owner, Owner) else Owner(str(owner), hold.line)
     return Holder(

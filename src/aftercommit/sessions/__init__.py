@@ -13,13 +13,13 @@ from aftercommit.sessions.waiting import (
     sync_session_of,
     wait_for_commit,
 )
-from aftercommit.watch.owners import Line, Owner, line_of, serving, user_line
+from aftercommit.watch.owners import CallSite, Owner, line_of, serving, user_line
 
 __all__ = [
     "AsyncOpened",
     "AsyncScope",
+    "CallSite",
     "Entry",
-    "Line",
     "Opened",
     "Owner",
     "Scope",

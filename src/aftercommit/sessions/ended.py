@@ -15,16 +15,17 @@ from sqlalchemy.orm import Session
 from sqlalchemy.orm.exc import DetachedInstanceError
 
 from aftercommit.errors import SessionEnded
-from aftercommit.watch.owners import OWNER, Owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sqlalchemy.orm import InstanceState
 
+    from aftercommit.watch.owners import Owner
+
 __all__ = ["end_for_good", "explain_survivors"]
 
-_ENDED: Final = "aftercommit.ended"
+_ENDED: Final = "_aftercommit_ended"
 
 # What may still be read, because it opens nothing; `sync_session` is how SQLAlchemy itself gets from one to the other.
 _HARMLESS: Final = frozenset(
@@ -51,7 +52,7 @@ def end_for_good(session: Session | AsyncSession, owner: Owner) -> None:
     ``rollback()`` and ``close()`` stay harmless, so that a ``finally`` of somebody else's does not fail.
     """
     sync = session.sync_session if isinstance(session, AsyncSession) else session
-    sync.info[_ENDED] = (owner, time.monotonic())
+    vars(sync)[_ENDED] = (owner, time.monotonic())
     if sync is not session:
         _change_class(session)
     _change_class(sync)
@@ -115,7 +116,7 @@ def _iterate(self: Any) -> NoReturn:
 
 def _refuse(session: Any, operation: str) -> NoReturn:
     sync = session.sync_session if isinstance(session, AsyncSession) else session
-    owner, since = sync.info.get(_ENDED) or (sync.info.get(OWNER) or Owner("unknown"), time.monotonic())
+    owner, since = vars(sync)[_ENDED]
     ago = time.monotonic() - since
     how = "async with db.async_session() as session:" if sync is not session else "with db.session() as session:"
     kind = "AsyncSession" if sync is not session else "Session"

@@ -14,7 +14,7 @@ from weakref import ref
 
 from sqlalchemy import Connection, Engine, create_engine, event
 
-from aftercommit.watch.owners import Line
+from aftercommit.watch.owners import CallSite
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -62,7 +62,7 @@ class Sink(Protocol):
     def dropped(self, entries: Sequence[Any]) -> None:
         """The transaction was rolled back, perhaps after the entries were written."""
 
-    def lost(self, entries: Sequence[Any], lines: Sequence[Line | None]) -> None:
+    def lost(self, entries: Sequence[Any], lines: Sequence[CallSite | None]) -> None:
         """The session was closed without a commit: these will never be."""
 
 
@@ -85,7 +85,7 @@ class Item:
     transaction: SessionTransaction
     sink: Sink
     entry: Entry
-    line: Line | None
+    line: CallSite | None
     bind: Engine | Connection
     asked_during: BaseException | None
     savepoints: tuple[str, ...] = ()

@@ -13,13 +13,14 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from aftercommit.sessions.ended import end_for_good, explain_survivors
-from aftercommit.watch.leaks import put_on_leash
-from aftercommit.watch.owners import OWNER, Owner
+from aftercommit.watch.leaks import watch_session
 from aftercommit.watch.sharing import Guard, guard_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from types import TracebackType
+
+    from aftercommit.watch.owners import Owner
 
 __all__ = ["AsyncScope", "Scope", "shielded"]
 
@@ -36,13 +37,12 @@ class Scope:
         keeps_rows: Whether rows that were only read may be read after the end.
     """
 
-    __slots__ = ("_guard", "_keeps_rows", "_leash", "owner", "session")
+    __slots__ = ("_guard", "_keeps_rows", "_watch", "owner", "session")
 
     def __init__(self, make: Callable[[], Session], owner: Owner, *, pool: str, keeps_rows: bool = False) -> None:
         self.owner = owner
         self.session = make()
-        self.session.info[OWNER] = owner
-        self._leash = put_on_leash(self.session, owner, pool)
+        self._watch = watch_session(self.session, owner, pool)
         self._guard = guard_session(self.session, owner)
         self._keeps_rows = keeps_rows
 
@@ -82,7 +82,7 @@ class Scope:
                 self.session.close()
             finally:
                 end_for_good(self.session, self.owner)
-                self._leash.take_off()
+                self._watch.close()
                 if is_first:
                     self._guard.leave()
 
@@ -97,13 +97,12 @@ class AsyncScope:
         keeps_rows: Whether rows that were only read may be read after the end.
     """
 
-    __slots__ = ("_guard", "_keeps_rows", "_leash", "owner", "session")
+    __slots__ = ("_guard", "_keeps_rows", "_watch", "owner", "session")
 
     def __init__(self, make: Callable[[], AsyncSession], owner: Owner, *, pool: str, keeps_rows: bool = False) -> None:
         self.owner = owner
         self.session = make()
-        self.session.sync_session.info[OWNER] = owner
-        self._leash = put_on_leash(self.session.sync_session, owner, pool)
+        self._watch = watch_session(self.session.sync_session, owner, pool)
         self._guard = guard_session(self.session, owner)
         self._keeps_rows = keeps_rows
 
@@ -151,7 +150,7 @@ class AsyncScope:
             session.close()
         finally:
             end_for_good(self.session, self.owner)
-            self._leash.take_off()
+            self._watch.close()
         return True
 
     async def _finish(self, *, commit: bool) -> None:
@@ -175,7 +174,7 @@ class AsyncScope:
                     await session.close()
                 finally:
                     end_for_good(session, self.owner)
-                    self._leash.take_off()
+                    self._watch.close()
                     if is_first:
                         self._guard.leave()
 

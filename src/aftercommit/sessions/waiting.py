@@ -32,15 +32,12 @@ from aftercommit.sessions.ledger import (
     open_savepoints,
     report_lost,
 )
-from aftercommit.watch.holders import OF_SESSION, hold_of
-from aftercommit.watch.owners import Owner, user_line
+from aftercommit.watch.call_sites import user_line
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
     from sqlalchemy.orm import SessionTransaction
-
-    from aftercommit.watch.leaks import Leash
 
 __all__ = [
     "at_every_commit",
@@ -177,15 +174,6 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
         track.connections.append(connection)
     if any(track.connection_on(item.bind) is connection for item in track.items):
         ledger_of(connection).attach(track)
-    # A connection that the session was given stays whose it was.
-    if transaction.parent is None and not isinstance(session.bind, Connection):
-        leash: Leash | None = session.info.get(OF_SESSION)
-        if leash is not None:
-            leash.begun(connection)
-        else:
-            hold = hold_of(connection)
-            if hold is not None:
-                hold.owner, hold.line = Owner("a session of the application's own", user_line()), None
     hooks = session.info.get(_HOOKS)
     if hooks is not None and transaction.parent is None:
         begun, committing = hooks
@@ -255,9 +243,6 @@ def _after_transaction_end(session: Session, transaction: SessionTransaction) ->
     elif transaction.parent is None:
         del session.info[_TRACK]
         _see_unwinding_no_more(session)
-        leash: Leash | None = session.info.get(OF_SESSION)
-        if leash is not None and leash.held:
-            leash.held.clear()
         for connection in track.connections:
             ledger = find_ledger(connection)
             if ledger is not None:

@@ -9,21 +9,27 @@ from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import AsyncAdaptedQueuePool, QueuePool, event
 from sqlalchemy.exc import TimeoutError as PoolTimeoutError
-from sqlalchemy.util.queue import Empty, Full
 
 from aftercommit import signals
 from aftercommit.errors import PoolExhausted
-from aftercommit.watch.call_sites import session_taking, user_line
-from aftercommit.watch.deadlocks import Flow, stop_waiting, this_flow, wait_for, waiting_among
-from aftercommit.watch.holders import HOLD, OF_SESSION, Hold, note_statements, shortened
+from aftercommit.watch.call_sites import find_taker
+from aftercommit.watch.deadlocks import (
+    ExecutionContext,
+    deadlocks,
+    start_waiting,
+    stop_waiting,
+    this_context,
+    waiting_among,
+)
+from aftercommit.watch.holders import HELD, HeldConnection, shortened
 from aftercommit.watch.timing import Meter
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from sqlalchemy import Engine, Pool
+    from sqlalchemy import Engine, PoolProxiedConnection
 
-__all__ = ["AsyncExplainingPool", "ExplainingPool", "Register"]
+__all__ = ["AsyncWatchedPool", "Register", "WatchedPool"]
 
 _ALWAYS_ENDED: Final = frozenset({"request", "task"})
 _SHOWN: Final = 10
@@ -43,30 +49,29 @@ class Register:
     def __init__(self, pool: str, warn_after: float) -> None:
         self.pool = pool
         self._warn_after = warn_after
-        self._holds: dict[Any, Hold] = {}
+        self._holds: dict[Any, HeldConnection] = {}
         self._lock = threading.Lock()
         self.waiting = 0
         self.exhaustions = 0
         self.waits = Meter()
 
     def attach(self, engine: Engine) -> None:
-        """Write down what an engine's connections do."""
-        if isinstance(engine.pool, _Explaining):
+        """Write down who has an engine's connections."""
+        if isinstance(engine.pool, _Watched):
             engine.pool.register = self
-        else:
-            event.listen(engine, "checkout", lambda _connection, entry, _proxy: self.taken(entry))
-            event.listen(engine, "checkin", lambda _connection, entry: self.returned(entry))
-            event.listen(engine, "detach", self._detached)
-        note_statements(engine)
+        # Before other listeners, which may take their time, or refuse the connection.
+        event.listen(engine, "checkout", self._taken, insert=True)
+        event.listen(engine, "checkin", lambda _connection, entry: self._returned(entry))
+        event.listen(engine, "detach", self._detached)
 
-    def holds(self) -> list[Hold]:
+    def holds(self) -> list[HeldConnection]:
         """Everything that is in use now, the longest held first."""
         now = list(self._holds.values())  # in one step: others come and go meanwhile
         return sorted(now, key=lambda hold: hold.since)
 
-    def exhausted(self, pool: _Explaining, seconds: float) -> PoolExhausted:
-        """The error of somebody who waited in vain."""
-        themselves = waiting_among(pool.flows())
+    def exhausted(self, pool: _Watched, seconds: float) -> PoolExhausted:
+        """The error for whoever waited, and got no connection in time."""
+        themselves = waiting_among(pool.contexts())
         stuck = f"\n{themselves} of the holders wait for a second connection themselves." if themselves else ""
         return PoolExhausted(
             f"All {pool.size() + max(0, pool.overflow())} connections of pool {self.pool!r} are in use (size "
@@ -80,30 +85,31 @@ class Register:
             waiting_themselves=themselves,
         )
 
-    def standstill(self, pool: _Explaining) -> PoolExhausted:
-        """The error of somebody who would have waited for ever."""
-        flows = set(pool.flows())
-        alone = flows == {this_flow()}
-        who = "this very piece of work" if alone else "work that waits for another connection itself, this one included"
+    def deadlock(self, pool: _Watched) -> PoolExhausted:
+        """The error for whoever would have waited for ever."""
+        contexts = set(pool.contexts())
+        is_alone = contexts == {this_context()}
+        who = "the work that asks for another one" if is_alone else "work that asks for a second one, this one included"
         size = f"size {pool.size()}, overflow {max(0, pool.overflow())}"
         return PoolExhausted(
-            f"Pool {self.pool!r} has no connection left, and to wait for one would be in vain: all {len(pool.flows())} "
-            f"({size}) are held by {who}. Refused at once, so that what is held comes back. Held by:\n"
+            f"Deadlock in pool {self.pool!r}: every connection is held by work that is itself waiting for one. All "
+            f"{pool.checkedout()} ({size}) are held by {who}: none could ever come back, so this request for one was "
+            "refused at once. Held by:\n"
             + self._listed(pool)
             + "\nUse the session that is open already, end or commit it before another is opened, open the other "
             "one on another pool (db.session(pool=…)), or give the pool connections for all: concurrency x "
             "(connections that one needs - 1) + 1, with PoolSettings(max_overflow=…, concurrency=…).",
             pool=self.pool,
-            waiting_themselves=len(flows),
+            waiting_themselves=len(contexts),
             is_standstill=True,
-            is_alone=alone,
+            is_alone=is_alone,
         )
 
     def note_dry(self, seconds: float, *, held: int, waiting: int) -> None:
-        """Count somebody who got no connection, and tell of him.
+        """Count a request for a connection that was refused, and report it.
 
         Args:
-            seconds: For how long he waited.
+            seconds: For how long it waited.
             held: Connections that were in use.
             waiting: Others that still wait.
         """
@@ -111,7 +117,7 @@ class Register:
             self.exhaustions += 1
         signals.emit(signals.PoolRanDry(pool=self.pool, seconds=seconds, held=held, waiting=waiting))
 
-    def _listed(self, pool: _Explaining) -> str:
+    def _listed(self, pool: _Watched) -> str:
         now = time.monotonic()
         holds = [hold for hold in self.holds() if hold.pool is pool]  # not those of the other flavour
         listed = [f"  {hold.describe(now)}" for hold in holds[:_SHOWN]]
@@ -141,58 +147,58 @@ class Register:
                 )
             )  # fmt: skip
 
-    def taken(self, entry: Any, pool: Pool | None = None) -> None:
-        """Note that a connection is in use.
-
-        Args:
-            entry: What the pool gives out.
-            pool: The pool, if it is one of ours.
-        """
-        session = session_taking()
-        own: Hold | None = None if session is None else session.info.get(OF_SESSION)
-        if own is not None and (own.entry is None or own.entry is entry):
-            hold = own
-            hold.statement = hold.done_since = hold.took_lock = hold.told_lock = None
-            hold.reported = hold.is_begun = False
-        else:
-            hold = Hold()
-            if own is None:
-                hold.line = user_line()
-            else:
-                # The second of a session that works on two engines.
-                hold.owner, hold.kind, hold.allowed, hold.opened_by = own.owner, own.kind, own.allowed, own.opened_by
-        # A bare connection may be handed to whoever works on it and gives it back: nobody knows in which flow.
-        hold.flow = None if session is None else this_flow()
-        hold.since = time.monotonic()
-        hold.pool = pool
-        hold.entry = entry
-        entry.record_info[HOLD] = hold
-        self._holds[entry] = hold
-
-    def returned(self, entry: Any) -> None:
-        """Note that a connection is its pool's again, or that its place is: it may have been detached."""
-        hold = self._holds.pop(entry, None)
-        if hold is None:
+    def _taken(self, _connection: object, entry: Any, pooled: PoolProxiedConnection) -> None:
+        own = vars(pooled)
+        if HELD in own:
+            # Told again, of a connection that another listener has refused, and that was made anew.
             return
-        hold.entry = None
-        if hold.reported:
-            seconds = time.monotonic() - hold.since
-            signals.emit(signals.ConnectionReturned(pool=self.pool, owner=hold.holder, seconds=seconds))
+        context = this_context()
+        watch, context.taking = context.taking, None
+        held: HeldConnection
+        if watch is not None and watch.entry is None and watch.is_called():
+            held = watch
+            held.statement = held.done_since = held.took_lock = held.told_lock = None
+            held.reported = held.is_begun = False
+            held.context = context
+        else:
+            held = HeldConnection()
+            line, is_session = find_taker()
+            if is_session:
+                held.become_own_session(line)
+            else:
+                # A bare connection may be handed to other work, which gives it back: it is of no context.
+                held.line = line
+                held.is_doubtful = is_session is None
+        held.since = time.monotonic()
+        # It waits no longer; and of a pool of ours it is known by that which one it is.
+        held.pool = stop_waiting(context)
+        held.entry = entry
+        own[HELD] = self._holds[entry] = held
+
+    def _returned(self, entry: Any) -> None:
+        # It is the pool's again, or its place is: it may have been detached.
+        held = self._holds.pop(entry, None)
+        if held is None:
+            return
+        held.entry = None
+        if held.reported:
+            seconds = time.monotonic() - held.since
+            signals.emit(signals.ConnectionReturned(pool=self.pool, owner=held.holder, seconds=seconds))
         # What is left to the garbage collector comes back at any moment, in the middle of a subscriber holding a lock
         # of its own: sessions of requests and tasks are always ended.
-        if hold.kind in _ALWAYS_ENDED and signals.wanted(signals.ConnectionUsed):
-            seconds = time.monotonic() - hold.since
-            signals.emit(signals.ConnectionUsed(pool=self.pool, kind=hold.kind, seconds=seconds))
+        if held.kind in _ALWAYS_ENDED and signals.wanted(signals.ConnectionUsed):
+            seconds = time.monotonic() - held.since
+            signals.emit(signals.ConnectionUsed(pool=self.pool, kind=held.kind, seconds=seconds))
 
     def _detached(self, _connection: object, entry: Any) -> None:
         # The event comes behind the return of the place. If that has been taken again meanwhile, with a connection of
-        # its own, what stands there is somebody else's.
+        # its own, what stands there belongs to the next.
         if entry.dbapi_connection is None:
-            self.returned(entry)
+            self._returned(entry)
 
     @contextmanager
-    def someone_waits(self) -> Iterator[None]:
-        """Count somebody who waits, while he does, and measure for how long."""
+    def one_waits(self) -> Iterator[None]:
+        """Count one that waits, while it does, and measure for how long."""
         since = time.monotonic()
         with self._lock:
             self.waiting += 1
@@ -207,27 +213,63 @@ class Register:
                 signals.emit(signals.ConnectionAwaited(pool=self.pool, seconds=seconds))
 
 
-class _Explaining(QueuePool):
+class _Watched(QueuePool):
     """A pool that says who has its connections when it has none left."""
 
     register: Register | None = None
 
-    def flows(self) -> list[Flow]:
-        """Who has connections of this pool; not everybody who has one is known."""
+    def __init__(self, creator: Any, pool_size: int = 5, max_overflow: int = 10, **options: Any) -> None:
+        super().__init__(creator, pool_size=pool_size, max_overflow=max_overflow, **options)
+        self._places = pool_size + max(0, max_overflow)
+
+    def connect(self) -> PoolProxiedConnection:
+        """Give a connection, as soon as there is one.
+
+        Raises:
+            PoolExhausted: If none came back in time, or none ever could.
+        """
+        register = self.register
+        if register is None:
+            return super().connect()
+        context = start_waiting(self)
+        try:
+            if self.checkedout() < self._places:
+                return self._take(register)
+            if self.takers() is not None and deadlocks(context):
+                error = register.deadlock(self)
+                register.note_dry(0.0, held=self.checkedout(), waiting=register.waiting)
+                raise error
+            with register.one_waits():
+                return self._take(register)
+        finally:
+            stop_waiting(context)
+
+    def _take(self, register: Register) -> PoolProxiedConnection:
+        try:
+            return super().connect()
+        except PoolTimeoutError as exc:
+            if isinstance(exc, PoolExhausted):
+                # Of another pool: a listener wanted a connection of its own.
+                raise
+            error = register.exhausted(self, self.timeout())
+            register.note_dry(self.timeout(), held=self.checkedout(), waiting=max(0, register.waiting - 1))
+            raise error from exc
+
+    def contexts(self) -> list[ExecutionContext]:
+        """Where connections of this pool are held; of some that is not known."""
         register = self.register
         holds = [] if register is None else register.holds()
-        # A session that was handed to another thread for a while goes on as soon as the one comes to it that opened it.
+        # A session that was lent to another thread goes on as soon as the thread comes to it that opened it.
         return [
-            hold.flow
-            for hold in holds
-            if hold.pool is self and hold.flow is not None and hold.opened_by in {None, hold.flow.thread}
+            held.context
+            for held in holds
+            if held.pool is self and held.context is not None and held.opened_by in {None, held.context.thread}
         ]
 
-    def takers(self) -> list[Flow] | None:
+    def takers(self) -> list[ExecutionContext] | None:
         """Who has all of its connections; None while it may still have one to give."""
-        places = self.size() + max(0, self._max_overflow)
-        flows = self.flows()
-        return flows if self.checkedout() >= places <= len(flows) else None
+        contexts = self.contexts()
+        return contexts if self.checkedout() >= self._places <= len(contexts) else None
 
     def recreate(self) -> QueuePool:
         """Make another like it, known to the same register."""
@@ -235,55 +277,10 @@ class _Explaining(QueuePool):
         pool.register = self.register  # type: ignore[attr-defined]  # of the same class as this one
         return pool
 
-    def _do_get(self) -> Any:
-        try:
-            # There nearly always is one, and who does not wait need not be looked for among those who do.
-            entry = self._pool.get(block=False)
-        except Empty:
-            entry = self._wait()
-        if self.register is not None:
-            self.register.taken(entry, self)
-        return entry
 
-    def _do_return_conn(self, record: Any) -> None:
-        if self.register is not None:
-            # Forgotten before it can be given to the next.
-            self.register.returned(record)
-        try:
-            self._pool.put(record, block=False)
-        except Full:
-            super()._do_return_conn(record)
-
-    def _wait(self) -> Any:
-        register = self.register
-        flow = wait_for(self)
-        if flow is None:
-            assert register is not None  # noqa: S101  # given before the pool can be empty
-            standstill = register.standstill(self)
-            register.note_dry(0.0, held=self.checkedout(), waiting=register.waiting)
-            raise standstill
-        try:
-            if register is None or self.checkedout() < self.size() + max(0, self._max_overflow):
-                return self._get(register)
-            with register.someone_waits():
-                return self._get(register)
-        finally:
-            stop_waiting(flow)
-
-    def _get(self, register: Register | None) -> Any:
-        try:
-            return super()._do_get()
-        except PoolTimeoutError as exc:
-            if register is None:
-                raise
-            error = register.exhausted(self, self.timeout())
-            register.note_dry(self.timeout(), held=self.checkedout(), waiting=max(0, register.waiting - 1))
-            raise error from exc
-
-
-class ExplainingPool(_Explaining):
+class WatchedPool(_Watched):
     """For sessions."""
 
 
-class AsyncExplainingPool(_Explaining, AsyncAdaptedQueuePool):
+class AsyncWatchedPool(_Watched, AsyncAdaptedQueuePool):
     """For async sessions."""

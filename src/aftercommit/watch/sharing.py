@@ -20,15 +20,17 @@ from contextlib import nullcontext
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
-from sqlalchemy import event
+from sqlalchemy import Connection, event
 from sqlalchemy.engine import ChunkedIteratorResult, CursorResult
 from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from aftercommit.errors import SessionShared
-from aftercommit.watch.call_sites import Line, is_machinery, is_users, line_at
+from aftercommit.watch.call_sites import CallSite, is_machinery, is_users, line_at
+from aftercommit.watch.deadlocks import this_context
 from aftercommit.watch.holders import at_work
+from aftercommit.watch.leaks import watch_of
 from aftercommit.watch.owners import Owner
 
 if TYPE_CHECKING:
@@ -94,6 +96,11 @@ class Guard:
         self._user = me
         self._operation = operation
         return True
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether a call is under way."""
+        return self._user is not None
 
     def leave(self) -> None:
         """The call is over."""
@@ -173,16 +180,34 @@ def guard_session(session: Session | AsyncSession, owner: Owner) -> Guard:
         sync = session
         guard = Guard(owner, is_async=False)
     vars(sync)[_GUARD] = guard
+    watch = watch_of(sync)
+    if watch is not None:
+        watch.guard = guard
+    has_listeners = "dispatch" in vars(sync)
     sync_kind: Any = type(sync)
     sync.__class__ = _guarded(sync_kind)
+    if has_listeners:
+        # Its own constructor has asked for events, and from then on a session hears those of the class it had then.
+        _listen(sync)
     return guard
 
 
-@event.listens_for(Session, "after_flush")
+def _listen(target: Session | type[Session]) -> None:
+    event.listen(target, "after_flush", _after_flush)
+    event.listen(target, "after_begin", _after_begin, insert=True)
+
+
 def _after_flush(session: Session, _context: object) -> None:
-    guard: Guard | None = vars(session).get(_GUARD)
-    if guard is not None:
-        guard.may_have_written = True
+    guard: Guard = vars(session)[_GUARD]
+    guard.may_have_written = True
+
+
+def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    # A connection that the session was given stays what it was.
+    if transaction.parent is None and not isinstance(session.bind, Connection):
+        watch = watch_of(session)
+        if watch is not None:
+            watch.begun(connection)
 
 
 # --- the classes ------------------------------------------------------------------------------------------------
@@ -194,7 +219,21 @@ def _guarded(kind: type[Session]) -> type[Session]:
     # `with session.begin():` ends the transaction past the session, and so may whoever asks for it.
     given = ("begin", "get_transaction", "get_nested_transaction")
     giving = {name: _giving(methods.get(name) or getattr(kind, name)) for name in given}
-    return _subclass(kind, {**methods, **giving, "_execute_internal": _execute(kind)})
+    made = _subclass(kind, {**methods, **giving, "_execute_internal": _execute(kind), "get_bind": _get_bind(kind)})
+    _listen(made)
+    return made
+
+
+def _get_bind(kind: type[Session]) -> Callable[..., Any]:
+    def get_bind(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bind = kind.get_bind(self, *args, **kwargs)
+        watch = watch_of(self)
+        if watch is not None and watch.entry is None and watch.is_called():
+            # The session is about to take a connection: its pool will want to know whose it is.
+            this_context().taking = watch
+        return bind
+
+    return get_bind
 
 
 @cache
@@ -359,7 +398,7 @@ def _name(user: Any) -> str:
     return next((f"thread {each.name!r}" for each in threading.enumerate() if each.ident == user), "another thread")
 
 
-def _line_of(user: Any) -> Line | None:
+def _line_of(user: Any) -> CallSite | None:
     """The line from which somebody uses the session, looked for only now that it is asked for."""
     frames = _awaited(user) if isinstance(user, asyncio.Task) else _stack(sys._current_frames().get(user))  # noqa: SLF001
     is_inside = True

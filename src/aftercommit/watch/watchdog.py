@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Watchman"]
+__all__ = ["Watchdog"]
 
 logger = logging.getLogger(__name__)
 
 _EVERY: Final = 1.0
 
 
-class Watchman:
-    """A thread that makes its round for as long as tasks run, or an application is up.
+class Watchdog:
+    """A thread that looks around for as long as tasks run, or an application is up.
 
     Args:
         look: One round.
@@ -26,7 +26,7 @@ class Watchman:
     def __init__(self, look: Callable[[], None]) -> None:
         self._look = look
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._serve, name="aftercommit-watchman", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="aftercommit-watchdog", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
@@ -43,4 +43,4 @@ class Watchman:
                 self._look()
             except Exception:
                 # Whatever it stumbled over must not end the watch.
-                logger.exception("A round of the watchman failed")
+                logger.exception("A round of the watchdog failed")
