@@ -12,7 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from aftercommit.sessions.ended import end_for_good, explain_survivors
+from aftercommit.sessions.ended import end_for_good
 from aftercommit.watch.leaks import watch_session
 from aftercommit.watch.sharing import Guard, guard_session
 
@@ -78,7 +78,6 @@ class Scope:
                 _roll_back(self.session)
         finally:
             try:
-                explain_survivors(self.session, self.owner)
                 self.session.close()
             finally:
                 end_for_good(self.session, self.owner)
@@ -146,7 +145,6 @@ class AsyncScope:
         if type(self.session).close is not AsyncSession.close or "close" in vars(self.session):
             return False
         try:
-            explain_survivors(session, self.owner)
             session.close()
         finally:
             end_for_good(self.session, self.owner)
@@ -170,7 +168,6 @@ class AsyncScope:
                     await session.run_sync(_roll_back)
             finally:
                 try:
-                    explain_survivors(session.sync_session, self.owner)
                     await session.close()
                 finally:
                     end_for_good(session, self.owner)
