@@ -29,6 +29,7 @@ from sqlalchemy.exc import OperationalError
 from aftercommit.pools.steps import steps_of
 from aftercommit.pools.views import taken_with
 from aftercommit.watch.holders import note_lock
+from aftercommit.watch.notes import notes_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, PoolProxiedConnection
@@ -78,7 +79,7 @@ def be_impatient(connection: DBAPIConnection, record: ConnectionPoolEntry, secon
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {seconds * 1000:.0f}")
     cursor.close()
-    record.info[_PATIENCE] = seconds
+    notes_of(record)[_PATIENCE] = seconds
 
 
 def in_transaction(connection: Connection) -> bool:
@@ -110,7 +111,7 @@ def _on_invalidate(connection: DBAPIConnection, _record: Any, _error: BaseExcept
 
 
 def _on_connect(file: str, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-    record.info[_FILE] = file
+    notes_of(record)[_FILE] = file
     # The driver's own transactions are off, however the connection was made.
     connection.isolation_level = None
     cursor = connection.cursor()
@@ -124,7 +125,7 @@ def _on_connect(file: str, connection: DBAPIConnection, record: ConnectionPoolEn
                 raise
         cursor.execute("PRAGMA foreign_keys=ON")
         cursor.execute("PRAGMA busy_timeout")
-        record.info[_PATIENCE] = cursor.fetchall()[0][0] / 1000
+        notes_of(record)[_PATIENCE] = cursor.fetchall()[0][0] / 1000
     finally:
         cursor.close()
 
@@ -149,9 +150,9 @@ def _begin_immediate(pooled: PoolProxiedConnection) -> None:
             # for it would stop the event loop.
             adapted.run_async(lambda driver: driver.execute_fetchall(_BEGIN))
         else:
-            turn = _turns[pooled.info[_FILE]]
+            turn = _turns[notes_of(pooled)[_FILE]]
             # Without a turn in time, SQLite itself says whether the lock is taken.
-            has_turn = turn.acquire(timeout=pooled.info[_PATIENCE])
+            has_turn = turn.acquire(timeout=notes_of(pooled)[_PATIENCE])
             try:
                 adapted.execute(_BEGIN)
             finally:

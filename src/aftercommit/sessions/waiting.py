@@ -51,8 +51,8 @@ __all__ = [
 
 AnySession = Session | AsyncSession | scoped_session[Any] | async_scoped_session[Any]
 
-_TRACK: Final = "aftercommit.waiting"
-_HOOKS: Final = "aftercommit.at_every_commit"
+_TRACK: Final = "_aftercommit_waiting"
+_HOOKS: Final = "_aftercommit_at_every_commit"
 
 
 # --- what others call -------------------------------------------------------------------------------------------
@@ -129,12 +129,12 @@ def at_every_commit(
         committing: Called with its connection before each COMMIT, behind everything else that is written then;
             what it raises aborts the commit.
     """
-    session.info[_HOOKS] = (begun, committing)
+    vars(session)[_HOOKS] = (begun, committing)
 
 
 def has_begun(session: Session) -> bool:
     """Whether the transaction that *session* is in has reached a connection."""
-    track: Track | None = session.info.get(_TRACK)
+    track: Track | None = vars(session).get(_TRACK)
     return track is not None and bool(track.connections)
 
 
@@ -161,9 +161,9 @@ def simulate_commits(connection: Connection) -> None:
 
 
 def _track_of(session: Session) -> Track:
-    track: Track | None = session.info.get(_TRACK)
+    track: Track | None = vars(session).get(_TRACK)
     if track is None:
-        track = session.info[_TRACK] = Track(ref(session))
+        track = vars(session)[_TRACK] = Track(ref(session))
     return track
 
 
@@ -174,7 +174,7 @@ def _after_begin(session: Session, transaction: SessionTransaction, connection: 
         track.connections.append(connection)
     if any(track.connection_on(item.bind) is connection for item in track.items):
         ledger_of(connection).attach(track)
-    hooks = session.info.get(_HOOKS)
+    hooks = vars(session).get(_HOOKS)
     if hooks is not None and transaction.parent is None:
         begun, committing = hooks
         ledger_of(connection).at_commit = committing
@@ -189,7 +189,7 @@ def _before_commit(session: Session) -> None:
         if track.connection_on(item.bind) is None:
             # Nothing has been read or written yet, so there is no transaction on the server to wait for.
             session.connection(bind_arguments={"bind": item.bind})
-    if _HOOKS in session.info and session.get_nested_transaction() is None:
+    if _HOOKS in vars(session) and session.get_nested_transaction() is None:
         if isinstance(session.bind, Connection):
             # Joined to a test's connection: what is written must be there to be seen, and perhaps it is only now that
             # the connection is used at all.
@@ -203,7 +203,7 @@ def _before_commit(session: Session) -> None:
 
 @event.listens_for(Session, "after_commit")
 def _after_commit(session: Session) -> None:
-    track: Track | None = session.info.get(_TRACK)
+    track: Track | None = vars(session).get(_TRACK)
     if track is None:
         return
     track.committing -= 1
@@ -222,7 +222,7 @@ def _after_commit(session: Session) -> None:
 
 @event.listens_for(Session, "after_rollback")
 def _after_rollback(session: Session) -> None:
-    track: Track | None = session.info.get(_TRACK)
+    track: Track | None = vars(session).get(_TRACK)
     if track is None:
         return
     track.committing = 0
@@ -235,13 +235,13 @@ def _after_rollback(session: Session) -> None:
 
 @event.listens_for(Session, "after_transaction_end")
 def _after_transaction_end(session: Session, transaction: SessionTransaction) -> None:
-    track: Track | None = session.info.get(_TRACK)
+    track: Track | None = vars(session).get(_TRACK)
     if track is None:
         return
     if transaction.nested:
         _end_nested(track, transaction)
     elif transaction.parent is None:
-        del session.info[_TRACK]
+        del vars(session)[_TRACK]
         _see_unwinding_no_more(session)
         for connection in track.connections:
             ledger = find_ledger(connection)

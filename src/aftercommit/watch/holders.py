@@ -13,6 +13,7 @@ from weakref import ref
 
 from aftercommit.watch.call_sites import session_begins
 from aftercommit.watch.deadlocks import this_context
+from aftercommit.watch.notes import notes_of
 from aftercommit.watch.owners import Owner
 
 if TYPE_CHECKING:
@@ -27,12 +28,11 @@ if TYPE_CHECKING:
 __all__ = ["HELD", "HeldConnection", "at_work", "held_by", "hold_of", "note_begin", "note_lock", "shortened"]
 
 HELD: Final = "_aftercommit_held"
-"""The attribute by which a connection, SQLAlchemy's and the pool's, knows what is noted of it while it is in use."""
+"""Where it stands who holds a connection: SQLAlchemy's has it as an attribute, the pool's in its notes."""
 
 _OPEN: Final = frozenset({2, 3})
 """Of libpq's PGTransactionStatusType: in a transaction, and in one that has failed."""
 _STATEMENT: Final = 200
-_NOTHING: Final[dict[str, Any]] = {}
 
 
 class HeldConnection:
@@ -140,8 +140,7 @@ class HeldConnection:
 
 def held_by(pooled: PoolProxiedConnection) -> HeldConnection | None:
     """What is noted of a connection, as the pool gave it out; None if it is from no pool of ours."""
-    # Not by `getattr`: it would ask the driver, and whatever stands for one in a test.
-    held: HeldConnection | None = getattr(pooled, "__dict__", _NOTHING).get(HELD)
+    held: HeldConnection | None = notes_of(pooled).get(HELD)
     return held if held is not None and held.entry is not None else None
 
 

@@ -22,6 +22,7 @@ from aftercommit.watch.deadlocks import (
     waiting_among,
 )
 from aftercommit.watch.holders import HELD, HeldConnection, shortened
+from aftercommit.watch.notes import link_notes, notes_of
 from aftercommit.watch.timing import Meter
 
 if TYPE_CHECKING:
@@ -148,9 +149,11 @@ class Register:
             )  # fmt: skip
 
     def _taken(self, _connection: object, entry: Any, pooled: PoolProxiedConnection) -> None:
-        own = vars(pooled)
-        if HELD in own:
+        before = notes_of(pooled).get(HELD)
+        notes = link_notes(entry, pooled)
+        if before is not None:
             # Told again, of a connection that another listener has refused, and that was made anew.
+            notes[HELD] = before
             return
         context = this_context()
         watch, context.taking = context.taking, None
@@ -173,7 +176,7 @@ class Register:
         # It waits no longer; and of a pool of ours it is known by that which one it is.
         held.pool = stop_waiting(context)
         held.entry = entry
-        own[HELD] = self._holds[entry] = held
+        notes[HELD] = self._holds[entry] = held
 
     def _returned(self, entry: Any) -> None:
         # It is the pool's again, or its place is: it may have been detached.
