@@ -118,7 +118,7 @@ def _listeners_are_counted(engine: Engine) -> bool:
     return len(listeners) == before + 1 and listeners[-1] is listener
 
 
-def _connections_take_attributes(engine: Engine) -> bool:
+def _take_attributes(engine: Engine) -> bool:
     seen: list[Any] = []
 
     def note(_connection: Any, entry: Any, pooled: Any) -> None:
@@ -142,7 +142,7 @@ NAMES: Final = (
     PrivateName(
         "PoolProxiedConnection.__dict__, ConnectionPoolEntry.__dict__",
         "a holder is noted",
-        _connections_take_attributes,
+        _take_attributes,
     ),
 )
 
