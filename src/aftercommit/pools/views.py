@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from aftercommit.watch.notes import link_notes, notes_of
+from aftercommit.watch.notes import NOTES, link_notes, notes_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -78,7 +78,7 @@ def _take_by_view(engine: Engine, options: Mapping[str, Any]) -> PoolProxiedConn
 
 def _taken(engine: Engine, connection: Any, entry: Any, pooled: PoolProxiedConnection) -> None:
     options = _by_view.get()
-    notes = link_notes(entry, pooled)
+    notes = vars(pooled).get(NOTES) or link_notes(entry, pooled)
     notes[_OPTIONS] = options
     wanted = None if options is None else options.get(LEVEL)
     if wanted is not None:

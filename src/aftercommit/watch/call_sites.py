@@ -11,7 +11,7 @@ import sys
 import threading
 from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy.engine.base
 import sqlalchemy.orm.session
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CallSite",
-    "Taker",
     "find_taker",
     "is_machinery",
     "is_users",
@@ -68,10 +67,10 @@ _PACKAGES: Final = (asyncio, concurrent.futures, sqlalchemy)
 # Found without being imported: they are optional, and an application may bring its own of any name.
 _OPTIONAL: Final = ("anyio", "fastapi", "greenlet", "sqlmodel", "starlette", "uvicorn")
 _OURS: Final = str(Path(__file__).parent.parent) + os.sep
-_MACHINERY: Final = (_OURS, str(Path(sqlalchemy.__file__ or "").parent) + os.sep)
+_MACHINES: Final = (_OURS, str(Path(sqlalchemy.__file__ or "").parent) + os.sep)
 _SESSIONS: Final = sqlalchemy.orm.session.__file__
 _ENGINE: Final = str(Path(sqlalchemy.engine.base.__file__).parent) + os.sep
-_WRAPPERS: Final = 24
+_WRAPPERS: Final = 16
 """How many frames are looked at for a session behind an engine or a pool whose methods are wrapped."""
 _BEFORE: Final = -1
 """How far code has come that was not begun; its line is the one that defines it."""
@@ -89,19 +88,29 @@ def _roots() -> tuple[str, ...]:
     return (*(root + os.sep for root in roots), *(each.__file__ or "" for each in _MODULES), "<")
 
 
-@cache
-def _is_library(file: str) -> bool:
-    return file.startswith(_roots())
+class _Kinds(dict[str, int]):
+    """Whose each source file is: found once, and looked up for each frame."""
+
+    def __missing__(self, file: str) -> int:
+        kind = _MACHINERY if file.startswith(_MACHINES) else _LIBRARY if file.startswith(_roots()) else _USERS
+        self[file] = kind
+        return kind
+
+
+_USERS: Final = 0
+_LIBRARY: Final = 1
+_MACHINERY: Final = 2
+_kinds: Final = _Kinds()
 
 
 def is_users(file: str) -> bool:
     """Whether a source file belongs to no library."""
-    return not _is_library(file)
+    return _kinds[file] == _USERS
 
 
 def is_machinery(file: str) -> bool:
     """Whether a source file is this library's, or SQLAlchemy's."""
-    return file.startswith(_MACHINERY)
+    return _kinds[file] == _MACHINERY
 
 
 def user_line(behind: int = 0) -> CallSite | None:
@@ -116,43 +125,33 @@ def user_line(behind: int = 0) -> CallSite | None:
 
 def _line_from(frame: FrameType | None) -> CallSite | None:
     while frame is not None:
-        if not _is_library(frame.f_code.co_filename):
+        if not _kinds[frame.f_code.co_filename]:
             return CallSite((frame.f_code, frame.f_lasti))
         frame = frame.f_back
     return _behind_greenlets()
 
 
-class Taker(NamedTuple):
-    """Who takes a connection.
+def find_taker() -> tuple[CallSite | None, bool | None]:
+    """Find who takes a connection, asked by the pool that gives it: from which line, and whether a session does.
 
-    Attributes:
-        line: Where it was asked for.
-        is_session: Whether a session takes it; None if that is seen only at its BEGIN.
-    """
-
-    line: CallSite | None
-    is_session: bool | None
-
-
-def find_taker() -> Taker:
-    """Find who takes a connection, asked by the pool that gives it.
+    The second is None where that is seen only at its BEGIN.
 
     By the files on the stack: whatever wraps an engine may stand in between, and so may a listener that takes one by
     hand in the middle of a session's work. Which of the two it is, says the BEGIN: the session sends its own.
     """
     frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  # see user_line
-    while frame is not None and is_machinery(frame.f_code.co_filename):
-        if frame.f_code.co_filename == _SESSIONS:
-            return Taker(_line_from(frame), is_session=True)
+    while frame is not None and _kinds[file := frame.f_code.co_filename] == _MACHINERY:
+        if file == _SESSIONS:
+            return _line_from(frame), True
         frame = frame.f_back
     line = _line_from(frame)
     for _ in range(_WRAPPERS):
         if frame is None:
             break
         if frame.f_code.co_filename == _SESSIONS:
-            return Taker(line, is_session=None)
+            return line, None
         frame = frame.f_back
-    return Taker(line, is_session=False)
+    return line, False
 
 
 def session_begins() -> CallSite | None:
@@ -186,7 +185,7 @@ def _behind_greenlets() -> CallSite | None:
     while outer is not None:
         frame = outer.gr_frame
         while frame is not None:
-            if not _is_library(frame.f_code.co_filename):
+            if not _kinds[frame.f_code.co_filename]:
                 return line_at(frame)
             frame = frame.f_back
         outer = outer.parent

@@ -22,7 +22,7 @@ from aftercommit.watch.deadlocks import (
     waiting_among,
 )
 from aftercommit.watch.holders import HELD, HeldConnection, shortened
-from aftercommit.watch.notes import link_notes, notes_of
+from aftercommit.watch.notes import NOTES, link_notes
 from aftercommit.watch.timing import Meter
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Register:
             engine.pool.register = self
         # Before other listeners, which may take their time, or refuse the connection.
         event.listen(engine, "checkout", self._taken, insert=True)
-        event.listen(engine, "checkin", lambda _connection, entry: self._returned(entry))
+        event.listen(engine, "checkin", self._returned)
         event.listen(engine, "detach", self._detached)
 
     def holds(self) -> list[HeldConnection]:
@@ -77,7 +77,7 @@ class Register:
         return PoolExhausted(
             f"All {pool.size() + max(0, pool.overflow())} connections of pool {self.pool!r} are in use (size "
             f"{pool.size()}, overflow {max(0, pool.overflow())}), and none came back within {seconds:g} s; "
-            f"{self.waiting} waiting. Held by:\n"
+            f"{self.waiting} others wait. Held by:\n"
             + self._listed(pool)
             + stuck
             + "\nEnd sessions before slow work, or give the pool more with "
@@ -149,11 +149,11 @@ class Register:
             )  # fmt: skip
 
     def _taken(self, _connection: object, entry: Any, pooled: PoolProxiedConnection) -> None:
-        before = notes_of(pooled).get(HELD)
+        before = vars(pooled).get(NOTES)
         notes = link_notes(entry, pooled)
-        if before is not None:
+        if before is not None and HELD in before:
             # Told again, of a connection that another listener has refused, and that was made anew.
-            notes[HELD] = before
+            notes[HELD] = before[HELD]
             return
         context = this_context()
         watch, context.taking = context.taking, None
@@ -178,7 +178,7 @@ class Register:
         held.entry = entry
         notes[HELD] = self._holds[entry] = held
 
-    def _returned(self, entry: Any) -> None:
+    def _returned(self, _connection: object, entry: Any) -> None:
         # It is the pool's again, or its place is: it may have been detached.
         held = self._holds.pop(entry, None)
         if held is None:
@@ -197,7 +197,7 @@ class Register:
         # The event comes behind the return of the place. If that has been taken again meanwhile, with a connection of
         # its own, what stands there belongs to the next.
         if entry.dbapi_connection is None:
-            self._returned(entry)
+            self._returned(None, entry)
 
     @contextmanager
     def one_waits(self) -> Iterator[None]:
@@ -237,26 +237,22 @@ class _Watched(QueuePool):
         context = start_waiting(self)
         try:
             if self.checkedout() < self._places:
-                return self._take(register)
+                return super().connect()
             if self.takers() is not None and deadlocks(context):
                 error = register.deadlock(self)
                 register.note_dry(0.0, held=self.checkedout(), waiting=register.waiting)
                 raise error
             with register.one_waits():
-                return self._take(register)
-        finally:
-            stop_waiting(context)
-
-    def _take(self, register: Register) -> PoolProxiedConnection:
-        try:
-            return super().connect()
+                return super().connect()
         except PoolTimeoutError as exc:
             if isinstance(exc, PoolExhausted):
-                # Of another pool: a listener wanted a connection of its own.
+                # As above, or of another pool: a listener wanted a connection of its own.
                 raise
             error = register.exhausted(self, self.timeout())
-            register.note_dry(self.timeout(), held=self.checkedout(), waiting=max(0, register.waiting - 1))
+            register.note_dry(self.timeout(), held=self.checkedout(), waiting=register.waiting)
             raise error from exc
+        finally:
+            stop_waiting(context)
 
     def contexts(self) -> list[ExecutionContext]:
         """Where connections of this pool are held; of some that is not known."""

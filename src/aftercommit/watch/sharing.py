@@ -228,7 +228,7 @@ def _get_bind(kind: type[Session]) -> Callable[..., Any]:
     def get_bind(self: Any, *args: Any, **kwargs: Any) -> Any:
         bind = kind.get_bind(self, *args, **kwargs)
         watch = watch_of(self)
-        if watch is not None and watch.entry is None and watch.is_called():
+        if watch is not None and watch.entry is None and self.__dict__[_GUARD].is_entered:
             # The session is about to take a connection: its pool will want to know whose it is.
             this_context().taking = watch
         return bind
