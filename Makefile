@@ -43,7 +43,7 @@ events: $(VENV)/.bench ## Measure events and ways to count, beside an outbox by 
 bulkhead: $(READY) ## Measure whether busy tasks slow the requests, beside the hand-written ones
 	$(PY) -m benchmarks.bulkhead $(ARGS)
 
-soak: $(READY) ## Kill, freeze and cut off workers at random, for minutes (ARGS="--seconds 600 --seed 7")
+soak: $(READY) ## Faults of every kind at random, and books that must balance (ARGS="--seconds 600 --seed 7")
 	$(PY) -m benchmarks.soak $(ARGS)
 
 lint: $(READY) ## Check style and layout

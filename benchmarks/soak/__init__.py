@@ -1,1 +1,1 @@
-"""Exactly once, at random, for minutes: workers are killed and frozen, connections terminated, and all is counted."""
+"""An adversary: faults of every kind at random, for minutes, and books that must balance to the last line."""

@@ -1,112 +1,51 @@
-"""``make soak``: worker processes that die, freeze and lose their connections at random, while requests go on.
+"""``make soak``: faults of every kind at random while an application works, and books that must balance.
 
-At the end every committed request has taken effect exactly once, or this ends with status 1. The seed is printed
-first; the same seed gives the same blows, though not at the same moments.
+The seed is printed first; the same seed gives the same schedule of faults and the same work, though not at the same
+moments. Ends with status 1 at a finding, and prints the record and its history.
 """
 
 import argparse
 import os
 import random
-import signal
 import sys
-import tempfile
-import time
-from contextlib import ExitStack, suppress
 
-import psycopg
-import sqlalchemy as sa
-from sqlalchemy.orm import Session
+from benchmarks.soak.application import VARIANTS
+from benchmarks.soak.kinds import KINDS
+from benchmarks.soak.soak import Options, faults_of, soak
 
-from aftercommit import Retry, TaskRecord
-from tests.crash.child import make, request
-from tests.support.databases import DatabaseUnderTest
-from tests.support.postgres import PostgresServer
-from tests.support.processes import spawn
-from tests.support.servers import ROOT
-from tests.support.workshop import Counter, Effect
-
-PATIENT = Retry(attempts=1_000_000, base=0.05, cap=0.5)
-
-
-def serve(url: str, driver: str) -> None:
-    """Run tasks until killed."""
-    shop = make(url, driver, retry=PATIENT)
-    with shop.running():
-        while True:
-            time.sleep(3600)
-
-
-def soak(driver: str, seconds: float, rng: random.Random) -> bool:
-    """Strike at random for *seconds*; tell whether everything came out right."""
-    with ExitStack() as stack:
-        if "sqlite" in driver:
-            url = f"sqlite+{driver}:///{stack.enter_context(tempfile.TemporaryDirectory())}/soak.db"
-        else:
-            server = stack.enter_context(PostgresServer())
-            url = server.url(stack.enter_context(server.database()), driver=driver)
-        under_test = DatabaseUnderTest(url=url, driver=driver)
-        shop = make(under_test.sync_url, "pysqlite" if "sqlite" in driver else "psycopg", retry=PATIENT)
-        stack.callback(shop.close)
-        shop.db.create_tables()
-        command = [sys.executable, "-m", "benchmarks.soak", "--serve", url, "--driver", driver]
-        start = lambda: spawn(command, cwd=ROOT, env=dict(os.environ))  # noqa: E731  # three uses, one line
-        workers = [start() for _ in range(3)]
-        blows, asked, until = 0, 0, time.monotonic() + seconds
-        while time.monotonic() < until:
-            for _ in range(rng.randint(1, 20)):
-                asked += 1
-                with suppress(Exception):
-                    request(shop, str(asked))
-            number = rng.randrange(len(workers))
-            blow = rng.choice(["kill", "stop", "freeze", "terminate", "nothing"])
-            blows += blow != "nothing"
-            if blow == "kill":
-                workers[number].kill()
-            elif blow == "stop":
-                workers[number].terminate()
-            elif blow == "freeze":
-                workers[number].send_signal(signal.SIGSTOP)
-                time.sleep(rng.uniform(0.5, 2.5))
-                workers[number].send_signal(signal.SIGCONT)
-            elif blow == "terminate" and "sqlite" not in driver:
-                with psycopg.connect(url.replace(f"+{driver}", ""), autocommit=True) as admin:
-                    admin.execute(
-                        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE pid <> pg_backend_pid() "
-                        "AND datname = current_database() AND random() < 0.5"
-                    )
-            if workers[number].poll() is not None or blow in ("kill", "stop"):
-                workers[number].wait()
-                workers[number] = start()
-            time.sleep(rng.uniform(0.0, 0.5))
-        shop.outside.dispose()
-        with shop.running():
-            shop.db.drain(120.0)
-        for worker in workers:
-            worker.kill()
-        with Session(shop.outside) as session:
-            requests = sorted(str(each) for each in session.scalars(sa.select(Counter.id)))
-            effects = sorted(session.scalars(sa.select(Effect.label)))
-            states = set(session.scalars(sa.select(TaskRecord.state)))
-        is_right = requests == effects and states <= {"succeeded"}
-        print(f"{driver}: {asked} requests, {len(requests)} committed, {len(effects)} effects, {blows} blows, "
-              f"states {sorted(states)}: {'exactly once' if is_right else 'WRONG'}", flush=True)  # fmt: skip
-        return is_right
+DRIVERS = ("psycopg", "asyncpg", "pysqlite", "aiosqlite", "psycopg+pgbouncer", "asyncpg+pgbouncer")
 
 
 def main() -> int:
     """Soak every driver in turn."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60.0, help="for each driver")
+    names = sorted({name for driver in DRIVERS for part in faults_of(driver) for name in part})
+    parser = argparse.ArgumentParser(
+        prog='make soak ARGS="…"',
+        description=__doc__,
+        epilog=f"Faults: {', '.join(names)}. Work: {', '.join(KINDS)}.",
+    )
+    parser.add_argument(
+        "--driver", action="append", choices=DRIVERS, help="several times for several; default: all four"
+    )
+    parser.add_argument("--seconds", type=float, default=45.0, help="of faults, for each driver; default: 45")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(1_000_000))
-    parser.add_argument("--driver", action="append", choices=["psycopg", "asyncpg", "pysqlite", "aiosqlite"])
-    parser.add_argument("--serve", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    drivers = arguments.driver or ["psycopg", "asyncpg", "pysqlite", "aiosqlite"]
-    if arguments.serve:
-        serve(arguments.serve, drivers[0])
-    print(f"seed {arguments.seed}", flush=True)
-    right = [soak(each, arguments.seconds, random.Random(arguments.seed)) for each in drivers]
-    return 0 if all(right) else 1
+    parser.add_argument("--only", action="append", metavar="FAULT", choices=names, help="these faults only")
+    parser.add_argument("--work", action="append", metavar="KIND", choices=KINDS, help="requests of this kind only")
+    parser.add_argument("--without", action="append", metavar="KIND", choices=KINDS, default=[], help="not these")
+    parser.add_argument("--no-faults", action="store_true", help="the work alone")
+    parser.add_argument("--broken", choices=VARIANTS, help="break the application, to see that it is found")
+    given = parser.parse_args()
+    if given.broken:
+        os.environ["SOAK_BROKEN"] = given.broken
+        print(f"broken on purpose: {VARIANTS[given.broken]}")
+    print(f"seed {given.seed}", flush=True)
+    is_right = True
+    for driver in given.driver or DRIVERS[:4]:
+        only = [] if given.no_faults else given.only
+        work = [kind for kind in given.work or KINDS if kind not in given.without]
+        options = Options(driver=driver, seconds=given.seconds, seed=given.seed, only=only, work=work)
+        is_right &= soak(options)
+    return 0 if is_right else 1
 
 
 if __name__ == "__main__":

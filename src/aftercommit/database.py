@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Concatenate, Final, ParamSpec, TypeVar, o
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
-from sqlalchemy import URL, Connection, Engine, MetaData, event
+from sqlalchemy import URL, Connection, Engine, MetaData, event, inspect
 from sqlalchemy.exc import UnboundExecutionError
 from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession
 from sqlalchemy.orm import Session
 
 from aftercommit import signals
 from aftercommit.batches import BatchReport
+from aftercommit.commits import autocommits, sync_session_of, wait_for_commit, watch
 from aftercommit.errors import (
     ConfigurationError,
     DatabaseUnavailable,
@@ -43,18 +44,10 @@ from aftercommit.pools.views import async_view_of, view_of
 from aftercommit.records import moves, pausing, schema
 from aftercommit.records.ids import uuid7
 from aftercommit.runner import Outbox, Pace, Runner, TaskHandle, Wanted
+from aftercommit.runner.patience import in_the_end
 from aftercommit.runner.run import note_fault, stop_at_statement
 from aftercommit.runner.running import Running
-from aftercommit.sessions import (
-    Owner,
-    SessionFactory,
-    autocommits,
-    serving,
-    sync_session_of,
-    user_line,
-    wait_for_commit,
-    watch,
-)
+from aftercommit.sessions import Owner, SessionFactory, serving, user_line
 from aftercommit.stats import Stats, snapshot
 from aftercommit.tasks import Retry, Task, TaskSettings, current_run
 from aftercommit.tasks import context as carried
@@ -259,7 +252,7 @@ class Database:
 
     async def _at_start(self, work: Callable[[Connection], T]) -> T:
         try:
-            return await self.async_call_anyhow(work)
+            return await in_the_end(partial(self.async_call_anyhow, work))
         except Exception as exc:
             if fault_of(exc) is not Fault.CONNECTION:
                 raise
@@ -912,12 +905,19 @@ class Database:
         try:
             from aftercommit.records.tables import TaskRecord
 
-            bind = session.get_bind(TaskRecord)
+            # As SQLAlchemy itself calls it: routing by its recipe reads the mapper's class.
+            bind = session.get_bind(mapper=inspect(TaskRecord))
         except UnboundExecutionError as exc:
             raise HandOverError(
                 "This session has no bind for the table aftercommit_task, so the task's record could not be written in "
                 "its transaction. Give the session a bind: sessionmaker(bind=engine), or "
                 "binds={…, aftercommit.TaskRecord: engine}."
+            ) from exc
+        except Exception as exc:
+            raise HandOverError(
+                f"get_bind of {type(session).__qualname__} was asked where the task's record belongs, with the mapper "
+                f"of aftercommit.TaskRecord, and raised {type(exc).__name__}: {exc}. Have it return the engine of the "
+                "database that the tasks are in."
             ) from exc
         if session.twophase:
             raise HandOverError(
@@ -1012,11 +1012,12 @@ def _note_fault(context: Any) -> None:
 def _set_up(engine: Engine) -> None:
     watch(engine)
     event.listen(engine, "handle_error", _note_fault)
-    steps_of(engine).before_statement.append(stop_at_statement)
+    # First: whoever has ended does not wait for SQLite's lock.
+    steps_of(engine).before_statement.insert(0, stop_at_statement)
 
 
 def _note_batch_fault(context: ExceptionContext) -> None:
-    # Only a batch that runs has to know, and then its room has been imported.
-    chunks = sys.modules.get("aftercommit.batches.chunks")
-    if chunks is not None:
-        chunks.note_fault(context)
+    # Only a batch that runs has to know, and then its room has been imported. Another thread may be at it just now.
+    note = getattr(sys.modules.get("aftercommit.batches.chunks"), "note_fault", None)
+    if note is not None:
+        note(context)

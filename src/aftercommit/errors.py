@@ -288,6 +288,12 @@ class CommitWithoutCheckpoint(RunError):
     code = "AC202"
 
 
+class RunInVain(RunError):
+    """A task was claimed again and again and came to nothing, or its own transaction hides its record."""
+
+    code = "AC307"
+
+
 class TaskStateError(AfterCommitError):
     """An operation does not fit the record's state: a task that runs cannot be retried, and so on."""
 

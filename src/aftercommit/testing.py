@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from sqlalchemy import URL, Connection, NullPool
 from sqlalchemy.ext.asyncio import AsyncConnection
 
+from aftercommit.commits import simulate_commits
 from aftercommit.errors import ConfigurationError, LostClaim
 from aftercommit.pools import sqlite
 from aftercommit.records import moves, schema
@@ -29,7 +30,6 @@ from aftercommit.runner.outcome import ClaimGone, Outcome
 from aftercommit.runner.recording import async_end, end
 from aftercommit.runner.run import Run
 from aftercommit.runner.shells import try_async, try_sync
-from aftercommit.sessions import simulate_commits
 from aftercommit.tasks.retry import GiveUp
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ class Tasks:
     @property
     def pending(self) -> tuple[PendingTask, ...]:
         """What was committed and has not run, oldest first."""
-        self._db.outbox.settle()
+        self._db.outbox.poll_outcome()
         return tuple(self._pending)
 
     def run(self) -> int:

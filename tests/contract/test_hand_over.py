@@ -16,9 +16,10 @@ from sqlalchemy.orm import Session, SessionTransaction, scoped_session, sessionm
 from sqlmodel import Session as SQLModelSession
 
 from aftercommit import TaskRecord
+from aftercommit.commits.hooks import ConnectionHook, SessionHook
+from aftercommit.commits.pending import Pending
 from aftercommit.errors import HandOverError
 from aftercommit.runner.outbox import Wanted
-from aftercommit.sessions.ledger import Item, Ledger, Track
 from tests.contract.stand import Row, Stand
 
 MODES = ("conditional_savepoint", "rollback_only", "control_fully", "create_savepoint")
@@ -805,7 +806,11 @@ def test_nothing_is_kept_after_many_hand_overs(stand: Stand, engine: Engine):
 def alive() -> list[Any]:
     """All that a hand-over is made of, of whatever test."""
     gc.collect()
-    return [each for each in gc.get_objects() if isinstance(each, (Item, Track, Ledger, Wanted, SessionTransaction))]
+    return [
+        each
+        for each in gc.get_objects()
+        if isinstance(each, (Pending, SessionHook, ConnectionHook, Wanted, SessionTransaction))
+    ]
 
 
 def newly(before: list[Any]) -> list[Any]:

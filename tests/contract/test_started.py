@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
 from zoneinfo import ZoneInfo
 
@@ -206,10 +206,18 @@ def test_delay_time_and_priority_are_written(stand: Stand, engine: Engine):
 @pytest.mark.drivers("pysqlite")
 @pytest.mark.parametrize(
     "options",
-    [{"at": datetime(2031, 5, 6)}, {"delay": -1.0}, {"delay": 1.0, "at": datetime.now(UTC)}, {"key": ""}],  # noqa: DTZ001  # naive is the point
-)
+    [
+        {"at": datetime(2031, 5, 6)},  # noqa: DTZ001  # naive is the point
+        {"at": datetime.min.replace(tzinfo=UTC)}, {"at": datetime(999, 12, 31, tzinfo=UTC)}, {"at": "2031-05-06"},
+        {"at": datetime.max.replace(tzinfo=UTC)}, {"at": datetime.max.replace(tzinfo=timezone(-timedelta(hours=1)))},
+        {"delay": -1.0}, {"delay": 1.0, "at": datetime.now(UTC)}, {"delay": 1e12}, {"delay": float("inf")},
+        {"delay": float("nan")}, {"delay": "1"},
+        {"key": ""}, {"key": "a" * 256}, {"key": "a\0b"}, {"key": "\ud800"}, {"key": 1},
+        {"priority": 1.5}, {"priority": 2**31}, {"priority": -(2**40)}, {"priority": "high"}, {"priority": True},
+    ],
+)  # fmt: skip
 def test_options_that_cannot_be_meant_are_refused(stand: Stand, options: dict[str, Any]):
-    """Naive times, negative delays, two times at once, empty keys."""
+    """Naive times, negative delays, two times at once, and what one of the databases could not hold and give back."""
     with pytest.raises(ConfigurationError):
         stand.note.with_options(**options)
 

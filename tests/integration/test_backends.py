@@ -151,7 +151,13 @@ def test_what_a_live_worker_lists_is_left_alone(database: DatabaseUnderTest, sho
         runner = runner_of()
         pid = shop.commit(lambda session: session.scalar(sa.text("SELECT pg_backend_pid()")))
         wait_until(lambda: pid in [each[0] for each in own_list(shop, runner.id)])
-        # Those of the start-up may be closed by now.
+
+        def keeps_books() -> Any:
+            pids = [each[0] for each in own_list(shop, runner.id) if each[3]]
+            return pids and shop.sql("SELECT COUNT(*) FROM pg_stat_activity WHERE pid = :pid", pid=pids[0])
+
+        # Those of the start-up may be closed by now, and the bookkeeping's, once it is known that there is no pooler.
+        wait_until(lambda: runner.books.is_direct and keeps_books())
         own = [each for each in own_list(shop, runner.id) if each[0] == pid or each[3]]
         worker = silent(shop, *[each[:3] for each in own])
         with client(database) as (connection, me):

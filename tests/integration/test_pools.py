@@ -36,8 +36,8 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 from aftercommit import Database, PoolSettings
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools import pools as pools_module
-from aftercommit.pools import sqlite
-from aftercommit.pools.sqlite import needs_lock
+from aftercommit.pools.gate import needs_lock
+from aftercommit.pools.turns import take_turn
 from tests.support.databases import DatabaseUnderTest
 
 SQLITE = "sqlite:////tmp/never-opened.db"
@@ -744,12 +744,14 @@ def test_a_forked_process_waits_for_no_turn_of_a_thread_that_it_has_not(tmp_path
     """Forked while a thread asks for the write lock, a process would give up its own turn at every write, for ever."""
     file = str(tmp_path / "forked.db")
 
-    with sqlite._turns[file], warnings.catch_warnings():
+    turn, _ = take_turn(file, 1.0)
+    assert turn is not None
+    with warnings.catch_warnings():
         # Python 3.12 and later: with threads about, whoever forks should know what he does.
         warnings.simplefilter("ignore", DeprecationWarning)
         child = os.fork()
         if child == 0:
-            os._exit(0 if sqlite._turns[file].acquire(blocking=False) else 1)
+            os._exit(0 if take_turn(file, 0.0)[0] is not None else 1)
         _, status = os.waitpid(child, 0)
 
     assert os.waitstatus_to_exitcode(status) == 0
@@ -758,7 +760,7 @@ def test_a_forked_process_waits_for_no_turn_of_a_thread_that_it_has_not(tmp_path
 def _asks_for_the_lock(thread: threading.Thread) -> bool:
     """Whether *thread* wants SQLite's write lock and does not have it yet."""
     frame = sys._current_frames().get(thread.ident or 0)
-    while frame is not None and frame.f_code.co_name != "_begin_immediate":
+    while frame is not None and frame.f_code.co_name != "take_turn":
         frame = frame.f_back
     return frame is not None
 

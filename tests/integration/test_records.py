@@ -114,7 +114,7 @@ def test_an_idle_application_is_quiet(driver: str):
             sent = _statements(server)[before:]
         shop.close()
 
-    assert len(sent) < 12, sent
+    assert len(sent) < 12, "\n".join(sent)
 
 
 def _statements(server: PostgresServer) -> list[str]:

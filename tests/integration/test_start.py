@@ -3,16 +3,22 @@
 import asyncio
 import os
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy.exc import OperationalError
 
 from aftercommit import Database
 from aftercommit.errors import DatabaseUnavailable
+from aftercommit.runner.bookkeeper import Bookkeeper
+from tests.support.databases import DatabaseUnderTest
 from tests.support.servers import ROOT, Server
 
 DRIVERS = ["postgresql+psycopg", "postgresql+asyncpg", "sqlite+pysqlite", "sqlite+aiosqlite"]
@@ -95,3 +101,43 @@ def test_a_worker_without_a_database_ends(nowhere: str):
     assert ended.returncode == 2
     assert names_the_database(" ".join(ended.stderr.split()), nowhere)
     assert "Traceback" not in ended.stderr
+
+
+@pytest.mark.drivers("pysqlite", "aiosqlite")
+def test_a_process_starts_on_a_busy_file(database: DatabaseUnderTest, monkeypatch: pytest.MonkeyPatch):
+    """Somebody holds SQLite's write lock for longer than the bookkeeping is patient: the worker enters after him."""
+    db = Database(database.url, heartbeat=0.2)
+    _make_tables(db, is_async=database.is_async)
+    waited: list[BaseException] = []
+    ask = Bookkeeper.async_call
+    with closing(sqlite3.connect(str(database.path), isolation_level=None, check_same_thread=False)) as other:
+
+        async def ask_and_let_go(self: Bookkeeper, work: Any) -> Any:
+            if not waited and not other.in_transaction:
+                other.execute("BEGIN IMMEDIATE")
+            try:
+                return await ask(self, work)
+            except OperationalError as exc:
+                waited.append(exc)
+                if len(waited) == 2:
+                    other.execute("ROLLBACK")
+                raise
+
+        monkeypatch.setattr(Bookkeeper, "async_call", ask_and_let_go)
+        with db.running(create_tables=False):
+            assert db.runner is not None
+            assert other.execute("SELECT count(*) FROM aftercommit_worker").fetchone() == (1,)
+    assert len(waited) == 2
+    db.dispose()
+
+
+def _make_tables(db: Database, *, is_async: bool) -> None:
+    if not is_async:
+        db.create_tables()
+        return
+
+    async def make() -> None:
+        await db.async_create_tables()
+        await db.async_dispose()
+
+    asyncio.run(make())

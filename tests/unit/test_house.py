@@ -19,6 +19,7 @@ FLOORS = (
     ("errors", "signals"),
     ("watch",),
     ("pools",),
+    ("commits",),
     ("sessions",),
     ("records", "tasks"),
     ("runner",),

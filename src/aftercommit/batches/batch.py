@@ -458,6 +458,8 @@ class Batch:
     def _settle(self, lane: Lane, settled: Settled) -> None:
         """Count what was committed."""
         failures = settled.failures
+        if self._run is not None:
+            self._run.got_on = True
         lane.settle(settled, self._source)
         with self._books:
             self._done = merged([*self._done, settled.stretch])

@@ -24,13 +24,14 @@ from sqlalchemy import inspect
 from sqlalchemy.orm import InstanceState, Session
 
 from aftercommit.batches.stretches import Stretch
+from aftercommit.commits import fence_commits
 from aftercommit.errors import BatchError, BatchStopped, LostClaim, TaskTimeout
-from aftercommit.sessions import at_every_commit
+from aftercommit.records import elsewhere
 from aftercommit.tasks.retry import UNIQUE_LIMIT, Again, Repeats, Retry, Tries, decide
 from aftercommit.tasks.transient import Fault, fault_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sqlalchemy import Connection
 
@@ -332,7 +333,7 @@ class _Chunk:
         opened = handling.open()
         try:
             session = opened.plain
-            at_every_commit(session, begun=handling.begun, committing=self._committing)
+            fence_commits(session, self)
             session.connection()
             root = session.get_transaction()
             # The commit is the last that is done with these rows: to expire them, one by one, would be for nothing.
@@ -354,7 +355,25 @@ class _Chunk:
             opened.end()
         return settled
 
-    def _committing(self, connection: Connection) -> None:
+    # --- its commits, see commits.fences -----------------------------------------------------------------------
+
+    def begun(self, connection: Connection) -> None:
+        """Its transaction has begun."""
+        self._handling.begun(connection)
+
+    def begun_elsewhere(self, connection: Connection) -> None:
+        """Its session works on a second connection, too."""
+        elsewhere.note(connection)
+
+    def rolled_back(self, connection: Connection) -> None:
+        """Nothing of it is left."""
+
+    def committing_anywhere(self, connection: Connection, others: Sequence[Connection]) -> None:
+        """A COMMIT comes on one of several connections: of these, only its own may have written."""
+        elsewhere.refuse_writes(connection, others, task=getattr(self._handling.handler, "__name__", "run_batch"))
+
+    def committing(self, connection: Connection) -> None:
+        """A COMMIT comes on its connection, whoever sends it."""
         if self._settled is None:
             raise _ended_by_handler()
         self._handling.committing(connection, self._settled)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from aftercommit.errors import ConfigurationError
 from aftercommit.records import happenings
 from aftercommit.records.happenings import NewEvent
 from aftercommit.records.ids import uuid7
+from aftercommit.tasks.options import check_key
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -18,8 +18,6 @@ if TYPE_CHECKING:
     from aftercommit.runner import TaskHandle
 
 __all__ = ["EventHandle", "Unhandled", "UnhandledSink", "new_event"]
-
-_MAX_KEY = 255
 
 
 class EventHandle:
@@ -45,12 +43,11 @@ def new_event(event: object, key: str | None) -> NewEvent | None:
     """Return the row of an event with a key; None without one.
 
     Raises:
-        ConfigurationError: If the key is too long or empty.
+        ConfigurationError: If no database could hold the key.
     """
     if key is None:
         return None
-    if not 1 <= len(key) <= _MAX_KEY:
-        raise ConfigurationError(f"key={key!r}: give 1 to {_MAX_KEY} characters, such as the order's number.")
+    check_key(key, such_as=", such as the order's number")
     return NewEvent(id=uuid7(), event=type(event).__name__[:255], key=key)
 
 
@@ -74,14 +71,14 @@ class UnhandledSink:
     def __init__(self, lost: Any) -> None:
         self._lost = lost
 
-    def write(self, connection: Connection, entries: Sequence[Unhandled], *, prompt: bool) -> None:  # noqa: ARG002
+    def write(self, connection: Connection, entries: Sequence[Unhandled], *, owns_commit: bool) -> None:  # noqa: ARG002
         """Write the keys."""
         happenings.insert(connection, [entry.event for entry in entries])
 
     def committed(self, entries: Sequence[Unhandled]) -> None:
         """Nothing starts."""
 
-    def unsettled(self, entries: Sequence[Unhandled], connection: Connection) -> None:
+    def outcome_unknown(self, entries: Sequence[Unhandled], connection: Connection) -> None:
         """Nothing starts."""
 
     def dropped(self, entries: Sequence[Unhandled]) -> None:

@@ -17,12 +17,12 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import event
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from sqlalchemy import URL, Connection, Engine
     from sqlalchemy.engine.interfaces import DBAPIConnection
 
-__all__ = ["CONNECT_SECONDS", "cut", "has_unread", "patience", "set_up"]
+__all__ = ["CONNECT_SECONDS", "before_connecting", "cut", "has_unread", "patience", "set_up"]
 
 CONNECT_SECONDS: Final = 10
 """Seconds in which a connection must be made, host by host."""
@@ -65,6 +65,17 @@ def set_up(engine: Engine) -> None:
         event.listen(engine, "connect", _keep_alive)
         event.listen(engine, "close", _limit_goodbye)
         event.listen(engine, "checkin", _drop_if_begun)
+
+
+def before_connecting(engine: Engine, listener: Callable[..., None]) -> None:
+    """Have a listener of ``do_connect`` called before the one of ours that connects; it may change the parameters."""
+    if event.contains(engine, "do_connect", _connect):
+        # These events know no order but that of listening.
+        event.remove(engine, "do_connect", _connect)
+        event.listen(engine, "do_connect", listener)
+        event.listen(engine, "do_connect", _connect)
+    else:
+        event.listen(engine, "do_connect", listener)
 
 
 def has_unread(connection: DBAPIConnection) -> bool:

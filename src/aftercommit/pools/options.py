@@ -12,6 +12,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools import network, sqlite
+from aftercommit.pools.gate import gated
 from aftercommit.pools.urls import PACKAGES, Flavour, is_sqlite, render
 from aftercommit.watch.register import AsyncWatchedPool, WatchedPool
 
@@ -51,7 +52,7 @@ def engine_options(
 def connect_args(label: str, url: URL, given: Mapping[str, Any]) -> dict[str, Any]:
     """Return what the driver is given at each connection: the user's arguments over ours."""
     if is_sqlite(url):
-        return {"timeout": sqlite.BUSY_TIMEOUT, **given}
+        return {"timeout": sqlite.BUSY_TIMEOUT, **given, "factory": gated(given.get("factory"))}
     named = url.query.get(_APPLICATION_NAME)
     ours = network.patience(url, given)
     if _is_asyncpg(url):
@@ -105,6 +106,8 @@ def _check_transactions(name: str, options: Mapping[str, Any], *, is_sqlite: boo
             f"{name}: in autocommit nothing could be rolled back, and no task could wait for a commit. Leave it out; "
             "for single statements there is db.engine().execution_options(isolation_level='AUTOCOMMIT')."
         )
+    if is_sqlite:
+        gated(arguments.get("factory"))
     for argument in ("isolation_level", "autocommit"):
         if is_sqlite and argument in arguments:
             raise ConfigurationError(

@@ -14,7 +14,7 @@ from sqlalchemy.exc import InvalidatePoolError
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftercommit.errors import ConfigurationError
-from aftercommit.pools import network, pipelines, sqlite, views
+from aftercommit.pools import network, pipelines, raw, sqlite, views
 from aftercommit.pools.backends import Backends
 from aftercommit.pools.options import check_options, engine_options, engine_url
 from aftercommit.pools.settings import PoolSettings
@@ -232,6 +232,7 @@ class Pools:
         else:
             network.set_up(engine)
             pipelines.set_up(engine)
+            raw.set_up(engine)
             self.backends.attach(engine)
         if settings.pool_pre_ping and not self.is_sqlite:
             event.listen(engine, "checkin", _remember_idle)

@@ -8,35 +8,33 @@ timeout. So the driver's own transactions are switched off here, and:
 - ``BEGIN IMMEDIATE`` comes with the first write or savepoint, and waits its turn;
 - a task's transaction begins immediate at once, so that what it read is still true when it writes.
 
-SQLite itself knows no queue: who waits looks again after up to a tenth of a second, and one that commits and begins
-anew in the meantime never lets anybody in. So the threads of this process wait for their turn in one.
+What is sent past SQLAlchemy, by a cursor of the driver's, is in the same transaction: a connection of ours sees to it
+itself (``gate``), and can be taken away from whoever uses it.
 """
 
 from __future__ import annotations
 
-import os
-import re
 import sqlite3
-import threading
-from collections import defaultdict
 from contextlib import suppress
-from functools import lru_cache, partial
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
+from aftercommit.pools.gate import BEGIN, GatedConnection, PlainTaking, needs_lock
 from aftercommit.pools.steps import steps_of
+from aftercommit.pools.turns import take_turn
 from aftercommit.pools.views import taken_with
 from aftercommit.watch.holders import note_lock
-from aftercommit.watch.notes import notes_of
+from aftercommit.watch.notes import NOTES, notes_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, PoolProxiedConnection
     from sqlalchemy.engine.interfaces import DBAPIConnection
     from sqlalchemy.pool import ConnectionPoolEntry
 
-__all__ = ["AUTOCOMMIT", "BUSY_TIMEOUT", "IMMEDIATE", "be_impatient", "in_transaction", "set_up"]
+__all__ = ["AUTOCOMMIT", "BUSY_TIMEOUT", "IMMEDIATE", "be_impatient", "in_transaction", "set_up", "taking"]
 
 BUSY_TIMEOUT: Final = 10.0
 """Seconds that a connection waits for the write lock, unless ``connect_args`` say otherwise."""
@@ -50,24 +48,14 @@ AUTOCOMMIT: Final = "aftercommit_autocommit"
 Not SQLAlchemy's isolation level, which would leave the connection with the driver's own transactions.
 """
 
-_BEGIN: Final = "BEGIN IMMEDIATE"
 _FILE: Final = "aftercommit_file"
 _PATIENCE: Final = "aftercommit_patience"
-_turns: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
-"""By file, held by the one thread of this process that asks SQLite for the write lock, until it has it."""
-if hasattr(os, "register_at_fork"):
-    # A forked process has none of the threads that hold them: nobody there would ever give a turn back.
-    os.register_at_fork(after_in_child=_turns.clear)
-_READS: Final = frozenset({"SELECT", "VALUES", "EXPLAIN"})
-# These cannot run inside a transaction, or manage one themselves.
-_OUTSIDE: Final = frozenset({"PRAGMA", "VACUUM", "ATTACH", "DETACH", "BEGIN", "COMMIT", "END", "ROLLBACK", "RELEASE"})
-_FIRST_WORD = re.compile(r"(?:\s+|--[^\n]*\n|/\*.*?\*/|\()*([A-Za-z]+)", re.DOTALL)
-_WRITING_WORD = re.compile(r"\b(?:INSERT|UPDATE|DELETE|REPLACE)\b", re.IGNORECASE)
 
 
 def set_up(engine: Engine) -> None:
     """Attach the rules of this module to *engine* (for an async engine: its ``sync_engine``)."""
     event.listen(engine, "connect", partial(_on_connect, str(engine.url.database)))
+    event.listen(engine, "checkout", _on_checkout)
     event.listen(engine, "invalidate", _on_invalidate)
     steps = steps_of(engine)
     steps.before_begin.append(_before_begin)
@@ -79,24 +67,21 @@ def be_impatient(connection: DBAPIConnection, record: ConnectionPoolEntry, secon
     cursor = connection.cursor()
     cursor.execute(f"PRAGMA busy_timeout = {seconds * 1000:.0f}")
     cursor.close()
-    notes_of(record)[_PATIENCE] = seconds
+    _be_patient(connection, record, seconds)
 
 
 def in_transaction(connection: Connection) -> bool:
     """Whether SQLite itself is in a transaction on *connection*, whatever SQLAlchemy believes."""
-    return bool(connection.connection.driver_connection.in_transaction)  # type: ignore[union-attr]
+    return bool(_driver(connection.connection.dbapi_connection).in_transaction)
 
 
-@lru_cache(maxsize=2048)
-def needs_lock(statement: str) -> bool:
-    """Whether *statement* must run under the write lock. In doubt, yes."""
-    found = _FIRST_WORD.match(statement)
-    word = found[1].upper() if found else ""
-    if word in _READS or word in _OUTSIDE:
-        return False
-    if word == "WITH":
-        return _WRITING_WORD.search(statement) is not None
-    return True
+def taking(connection: Connection) -> GatedConnection | PlainTaking | None:
+    """What takes the driver's connection from whoever uses *connection*, by its ``take``; None where there is none."""
+    pooled = connection.connection
+    driver = _driver(pooled.dbapi_connection)
+    if isinstance(driver, GatedConnection):
+        return driver
+    return PlainTaking(driver) if isinstance(driver, sqlite3.Connection) else None
 
 
 def _on_invalidate(connection: DBAPIConnection, _record: Any, _error: BaseException | None) -> None:
@@ -112,6 +97,11 @@ def _on_invalidate(connection: DBAPIConnection, _record: Any, _error: BaseExcept
 
 def _on_connect(file: str, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
     notes_of(record)[_FILE] = file
+    driver = _driver(connection)
+    if isinstance(driver, GatedConnection):
+        driver.file = file
+        # The gate sees the lock being taken, and notes it where the pool will look.
+        vars(driver)[NOTES] = notes_of(record)
     # The driver's own transactions are off, however the connection was made.
     connection.isolation_level = None
     cursor = connection.cursor()
@@ -125,19 +115,43 @@ def _on_connect(file: str, connection: DBAPIConnection, record: ConnectionPoolEn
                 raise
         cursor.execute("PRAGMA foreign_keys=ON")
         cursor.execute("PRAGMA busy_timeout")
-        notes_of(record)[_PATIENCE] = cursor.fetchall()[0][0] / 1000
+        _be_patient(connection, record, cursor.fetchall()[0][0] / 1000)
     finally:
         cursor.close()
 
 
+def _on_checkout(connection: DBAPIConnection, _record: Any, _proxy: Any) -> None:
+    driver = _driver(connection)
+    if isinstance(driver, GatedConnection):
+        # Whoever takes a raw connection from the engine begins by himself.
+        driver.expects_transaction = False
+
+
+def _be_patient(connection: DBAPIConnection, record: ConnectionPoolEntry, seconds: float) -> None:
+    notes_of(record)[_PATIENCE] = seconds
+    driver = _driver(connection)
+    if isinstance(driver, GatedConnection):
+        driver.patience = seconds
+
+
 def _before_begin(pooled: PoolProxiedConnection) -> None:
+    driver = _driver(pooled.dbapi_connection)
+    if isinstance(driver, GatedConnection):
+        driver.expects_transaction = not taken_with(pooled, AUTOCOMMIT)
     if taken_with(pooled, IMMEDIATE):
         _begin_immediate(pooled)
 
 
 def _before_statement(connection: Connection, statement: str) -> None:
-    if needs_lock(statement) and not in_transaction(connection) and not _autocommits(connection):
-        _begin_immediate(connection.connection)
+    if not needs_lock(statement) or in_transaction(connection):
+        return
+    pooled = connection.connection
+    if not _autocommits(connection):
+        _begin_immediate(pooled)
+        return
+    driver = _driver(pooled.dbapi_connection)
+    if isinstance(driver, GatedConnection):
+        driver.expects_transaction = False
 
 
 def _begin_immediate(pooled: PoolProxiedConnection) -> None:
@@ -146,21 +160,29 @@ def _begin_immediate(pooled: PoolProxiedConnection) -> None:
     # that does not come free is its error all the same.
     try:
         if hasattr(adapted, "run_async"):
-            # One trip to aiosqlite's thread; a cursor that is made, used and closed would be three. No turn: waiting
-            # for it would stop the event loop.
-            adapted.run_async(lambda driver: driver.execute_fetchall(_BEGIN))
+            # One trip to aiosqlite's thread, which is where a connection of ours waits for its turn; a cursor that is
+            # made, used and closed would be three.
+            adapted.run_async(lambda driver: driver.execute_fetchall(BEGIN))
+        elif isinstance(adapted, GatedConnection):
+            adapted.execute(BEGIN)
         else:
-            turn = _turns[notes_of(pooled)[_FILE]]
-            # Without a turn in time, SQLite itself says whether the lock is taken.
-            has_turn = turn.acquire(timeout=notes_of(pooled)[_PATIENCE])
+            turn, _left = take_turn(notes_of(pooled)[_FILE], notes_of(pooled)[_PATIENCE])
             try:
-                adapted.execute(_BEGIN)
+                adapted.execute(BEGIN)
             finally:
-                if has_turn:
-                    turn.release()
+                # Nobody would see how its transaction ends.
+                del turn
     except sqlite3.Error as exc:
-        raise OperationalError(_BEGIN, None, exc) from exc
-    note_lock(pooled)
+        raise OperationalError(BEGIN, None, exc) from exc
+    if not isinstance(_driver(adapted), GatedConnection):
+        note_lock(pooled)
+
+
+def _driver(connection: Any) -> Any:
+    """SQLite's own connection: aiosqlite, behind SQLAlchemy's adapter, has it in this attribute."""
+    if isinstance(connection, sqlite3.Connection):
+        return connection
+    return getattr(getattr(connection, "driver_connection", None), "_conn", None)
 
 
 def _autocommits(connection: Connection) -> bool:

@@ -32,8 +32,8 @@ __all__ = [
     "workers",
 ]
 
-# Seconds from a column to now, in both databases' words.
-_PG_SINCE: Final = "EXTRACT(EPOCH FROM clock_timestamp() - {})"
+# Seconds from a column to now, in both databases' words; NULL for what is no moment, such as infinity.
+_PG_SINCE: Final = "EXTRACT(EPOCH FROM clock_timestamp() - CASE WHEN isfinite({0}) THEN {0} END)"
 _LITE_SINCE: Final = "(julianday('now') - julianday({})) * 86400.0"
 
 
@@ -160,11 +160,12 @@ _HELD_BY_NOBODY = Statement(
 # Beside MAX, SQLite gives the other columns of the row in which it was found.
 _FAILURES = Statement(
     "SELECT task, COUNT(*), (array_agg(error ORDER BY finished_at DESC))[1] FROM aftercommit_task "
-    "WHERE state = 'failed' AND finished_at >= clock_timestamp() - :within * interval '1 second' "
+    "WHERE state = 'failed' AND finished_at >= now() - :within * interval '1 second' "
     "GROUP BY task ORDER BY task",
     "SELECT task, COUNT(*), error, MAX(finished_at) FROM aftercommit_task WHERE state = 'failed' "
     "AND finished_at >= (strftime('%Y-%m-%d %H:%M:%f', 'now', -:within || ' seconds') || '000') "
-    "GROUP BY task ORDER BY task",
+    # Without the plus it would read every record, in the order of the keys' index.
+    "GROUP BY +task ORDER BY +task",
 )
 _KEPT_OF: Final = "SELECT COUNT(*), {since} FROM aftercommit_task WHERE finished_at IS NOT NULL"
 _KEPT = Statement(
@@ -198,9 +199,9 @@ def workers(connection: Connection) -> list[Worker]:
         Worker(
             host=row[0],
             pid=row[1],
-            seen=max(0.0, float(row[2])),
-            pools=frozenset(json.loads(row[3])),
-            names=frozenset(json.loads(row[4])),
+            seen=max(0.0, float(row[2] or 0.0)),
+            pools=_names(row[3]),
+            names=_names(row[4]),
             running=row[5],
         )
         for row in _WORKERS.execute(connection, {})
@@ -210,7 +211,7 @@ def workers(connection: Connection) -> list[Worker]:
 def queues(connection: Connection) -> list[Queue]:
     """Return what is queued, by pool and name."""
     return [
-        Queue(pool=row[0], task=row[1], queued=row[2], due=int(row[3]), oldest=max(0.0, float(row[4])))
+        Queue(pool=row[0], task=row[1], queued=row[2], due=int(row[3]), oldest=max(0.0, float(row[4] or 0.0)))
         for row in _QUEUES.execute(connection, {})
     ]
 
@@ -245,3 +246,11 @@ def tuples(connection: Connection) -> Tuples:
 
 def _number(value: Any) -> int:
     return int(value or 0)
+
+
+def _names(text: str) -> frozenset[str]:
+    """What a worker's row says; nothing, where somebody has made it unreadable."""
+    try:
+        return frozenset(map(str, json.loads(text)))
+    except (ValueError, TypeError):
+        return frozenset()

@@ -14,10 +14,12 @@ while the record says ``running``; each returns whether it did.
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
+from aftercommit.records import keys
 from aftercommit.records.notifying import notify
 from aftercommit.records.statement import Statement
 from aftercommit.records.waiting import KINDS_LITE, KINDS_PG
@@ -88,6 +90,7 @@ class Claimed:
         parent: The run that asked for it.
         context: JSON text, or None.
         checkpoint: JSON text, or None.
+        refunds: How many claims before this one used no attempt up, did not end in order, and got nothing done.
         waited: Seconds since it was due, by the database's clock.
     """
 
@@ -98,6 +101,7 @@ class Claimed:
     parent: UUID | None
     context: str | None
     checkpoint: str | None
+    refunds: int
     waited: float
 
 
@@ -132,6 +136,9 @@ class Failure:
 
 
 _MINE: Final = "WHERE id = :id AND attempt = :attempt AND claims = :claims AND state = 'running'"
+# Not by waiting for whoever has locked it: the thread that asks has more to do. An error (55P03), and not a row count
+# of 0, which would say that the claim is lost.
+_MINE_AND_FREE: Final = f"WHERE id = (SELECT id FROM aftercommit_task {_MINE} FOR UPDATE NOWAIT)"
 
 _FINISH = Statement(
     f"UPDATE aftercommit_task SET state = 'succeeded', finished_at = {_PG_NOW}, result = CAST(:result AS json), "
@@ -148,15 +155,15 @@ _STANDING = Statement(
     "SELECT state, attempt, claims, CAST(checkpoint AS text) FROM aftercommit_task WHERE id = :id",
 )
 _CHECKPOINT = Statement(
-    f"UPDATE aftercommit_task SET checkpoint = CAST(:value AS json) {_MINE}",
-    f"UPDATE aftercommit_task SET checkpoint = :value {_MINE}",
+    f"UPDATE aftercommit_task SET checkpoint = CAST(:value AS json), refunds = attempt {_MINE}",
+    f"UPDATE aftercommit_task SET checkpoint = :value, refunds = attempt {_MINE}",
 )
 _WROTE = Statement("SELECT pg_current_xact_id_if_assigned() IS NOT NULL")
 
 
 def finish(connection: Connection, claim: Claim, result: str | None) -> bool:
     """Note, in the task's own transaction, that it is done."""
-    return _FINISH.execute(connection, {**claim.parameters(), "result": result}).rowcount == 1
+    return _FINISH.execute(connection, {**claim.parameters(), "result": _kept(connection, result)}).rowcount == 1
 
 
 def lock(connection: Connection, claim: Claim) -> bool:
@@ -193,7 +200,20 @@ def standing(connection: Connection, claim: Claim) -> Standing:
 
 def save_checkpoint(connection: Connection, claim: Claim, value: str) -> bool:
     """Save *value*, JSON text, in the task's own transaction."""
-    return _CHECKPOINT.execute(connection, {**claim.parameters(), "value": value}).rowcount == 1
+    return _CHECKPOINT.execute(connection, {**claim.parameters(), "value": _kept(connection, value)}).rowcount == 1
+
+
+def _kept(connection: Connection, text: str | None) -> str | bytes | None:
+    """JSON text as it comes back equal.
+
+    SQLite makes a number of what looks like one in a column of type JSON, with 64 bits, and 15 digits as text again.
+    What is bytes it leaves alone.
+    """
+    if text is None or connection.dialect.name != "sqlite" or text[:1] not in "-0123456789":
+        return text
+    number = json.loads(text)
+    is_kept = isinstance(number, int) and -(2**63) <= number < 2**63
+    return text if is_kept else text.encode()
 
 
 def wrote_something(connection: Connection, before: int) -> bool:
@@ -233,24 +253,23 @@ def limit_time(connection: Connection, seconds: float) -> None:
 
 # --- the end of an attempt that failed --------------------------------------------------------------------------
 
+# As text, and only behind what is a list: somebody may have written there what is none.
 _ENTRY_PG: Final = (
-    "errors = CASE WHEN CAST(:entry AS text) IS NULL THEN errors ELSE "
-    "CAST(COALESCE(CAST(errors AS jsonb), '[]') || CAST(CAST(:entry AS text) AS jsonb) AS json) END"
+    "errors = CASE WHEN CAST(:entry AS text) IS NULL THEN errors "
+    "WHEN json_typeof(errors) = 'array' AND json_array_length(errors) > 0 THEN "
+    "CAST(left(rtrim(CAST(errors AS text), E' \\n\\r\\t'), -1) || ', ' || CAST(:entry AS text) || ']' AS json) "
+    "ELSE CAST('[' || CAST(:entry AS text) || ']' AS json) END"
 )
 _ENTRY_LITE: Final = (
-    "errors = CASE WHEN :entry IS NULL THEN errors ELSE json_insert(COALESCE(errors, '[]'), '$[#]', json(:entry)) END"
+    "errors = CASE WHEN :entry IS NULL THEN errors "
+    "WHEN CASE WHEN json_valid(errors) THEN json_type(errors) END = 'array' "
+    "THEN json_insert(errors, '$[#]', json(:entry)) ELSE json_array(json(:entry)) END"
 )
 _FAIL = Statement(
     f"UPDATE aftercommit_task SET state = 'failed', finished_at = {_PG_NOW}, error = :error, traceback = :traceback, "
-    f"attempt = LEAST(attempt, max_attempts), {_ENTRY_PG} {_MINE}",
+    f"attempt = LEAST(attempt, max_attempts), {_ENTRY_PG} {_MINE_AND_FREE}",
     f"UPDATE aftercommit_task SET state = 'failed', finished_at = {_LITE_NOW}, error = :error, traceback = :traceback, "
     f"attempt = MIN(attempt, max_attempts), {_ENTRY_LITE} {_MINE}",
-)
-# The key is taken up again only if no other task waits under it: both are then queued, and that is right, because
-# this one was asked for before it ran.
-_KEY_AGAIN: Final = (
-    "queued_key = CASE WHEN EXISTS (SELECT 1 FROM aftercommit_task o WHERE o.task = aftercommit_task.task "
-    "AND o.queued_key = aftercommit_task.key) THEN NULL ELSE key END"
 )
 # What has not even been tried keeps its place among the others.
 _PG_BACK: Final = (
@@ -258,24 +277,40 @@ _PG_BACK: Final = (
     f"ELSE {_PG_NOW} + :delay * interval '1 second' END"
 )
 _LITE_BACK: Final = f"CASE WHEN :refund = 1 AND :delay = 0 THEN run_at ELSE {_LITE_LATER} END"
+# Counted at the claim; taken back where that ends in order, or has got on.
+_REFUNDS: Final = (
+    "refunds = CASE CAST(:how AS integer) WHEN 1 THEN refunds - 1 WHEN 2 THEN attempt - :refund ELSE refunds END"
+)
+# Without the key at first: see ``keys``.
 _GIVE_BACK = Statement(
-    f"UPDATE aftercommit_task SET state = 'queued', run_at = {_PG_BACK}, worker = NULL, "
-    f"attempt = attempt - :refund, {_KEY_AGAIN}, error = COALESCE(:error, error), "
-    f"traceback = COALESCE(:traceback, traceback), {_ENTRY_PG} {_MINE}",
-    f"UPDATE aftercommit_task SET state = 'queued', run_at = {_LITE_BACK}, worker = NULL, "
-    f"attempt = attempt - :refund, {_KEY_AGAIN}, error = COALESCE(:error, error), "
-    f"traceback = COALESCE(:traceback, traceback), {_ENTRY_LITE} {_MINE}",
+    f"UPDATE aftercommit_task SET state = 'queued', run_at = {_PG_BACK}, worker = NULL, queued_key = NULL, "
+    f"attempt = CASE WHEN attempt > 0 THEN attempt - :refund ELSE 0 END, {_REFUNDS}, error = COALESCE(:error, error), "
+    f"traceback = COALESCE(:traceback, traceback), {_ENTRY_PG} {_MINE_AND_FREE} RETURNING key",
+    f"UPDATE aftercommit_task SET state = 'queued', run_at = {_LITE_BACK}, worker = NULL, queued_key = NULL, "
+    f"attempt = CASE WHEN attempt > 0 THEN attempt - :refund ELSE 0 END, {_REFUNDS}, error = COALESCE(:error, error), "
+    f"traceback = COALESCE(:traceback, traceback), {_ENTRY_LITE} {_MINE} RETURNING key",
 )
 
 
 def fail(connection: Connection, claim: Claim, failure: Failure, *, at: str) -> bool:
-    """Note that the task failed for good."""
+    """Note that the task failed for good.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: With 55P03 while somebody else has locked the record.
+    """
     parameters = {**claim.parameters(), **_written(failure), "entry": _entry(claim, failure, at)}
     return _FAIL.execute(connection, parameters).rowcount == 1
 
 
 def give_back(
-    connection: Connection, claim: Claim, failure: Failure | None, *, at: str, delay: float, refund: bool
+    connection: Connection,
+    claim: Claim,
+    failure: Failure | None,
+    *,
+    at: str,
+    delay: float,
+    refund: bool,
+    got_on: bool = False,
 ) -> bool:
     """Queue the task again.
 
@@ -286,6 +321,10 @@ def give_back(
         at: The time of the failure, for the record.
         delay: Seconds until it is due again.
         refund: Whether the attempt does not count.
+        got_on: Whether it saved something that the next claim goes on from.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: With 55P03 while somebody else has locked the record.
     """
     entry = None if failure is None or refund else _entry(claim, failure, at)
     parameters = {
@@ -294,8 +333,12 @@ def give_back(
         "entry": entry,
         "delay": delay,
         "refund": int(refund),
+        "how": 1 if failure is None else 2 if got_on else 0,
     }
-    return _GIVE_BACK.execute(connection, parameters).rowcount == 1
+    row = _GIVE_BACK.execute(connection, parameters).first()
+    if row is not None and row[0] is not None:
+        keys.take_up(connection, [claim.id])
+    return row is not None
 
 
 def _written(failure: Failure) -> dict[str, str]:
@@ -315,27 +358,41 @@ def _entry(claim: Claim, failure: Failure, at: str) -> str:
 
 _RETURNED: Final = (
     "RETURNING id, task, CAST(arguments AS text), attempt, claims, max_attempts, parent, CAST(context AS text), "
-    "CAST(checkpoint AS text), priority, "
+    "CAST(checkpoint AS text), refunds, priority, "
 )
+# At each claim, so that whoever rewrites his own record is counted, too; taken back where it ends in order. A number
+# that something has put there stops nobody.
+_COUNTED_PG: Final = "refunds = LEAST(refunds, 1000000) + 1"
+_COUNTED_LITE: Final = "refunds = MIN(refunds, 1000000) + 1"
+# Whatever number somebody has written there: the token goes on, and what was tried too often fails by itself.
+_TAKEN_PG: Final = (
+    "state = 'running', worker = :worker, attempt = GREATEST(0, LEAST(attempt, 2147483646)) + 1, "
+    f"claims = CASE WHEN claims < 2147483647 THEN claims ELSE 0 END + 1, {_COUNTED_PG}, queued_key = NULL, "
+    f"started_at = {_PG_NOW}"
+)
+_TAKEN_LITE: Final = (
+    "state = 'running', worker = :worker, attempt = MAX(0, MIN(CAST(attempt AS INTEGER), 2147483646)) + 1, "
+    "claims = CASE WHEN CAST(claims AS INTEGER) BETWEEN -2147483648 AND 2147483646 THEN CAST(claims AS INTEGER) "
+    f"ELSE 0 END + 1, {_COUNTED_LITE}, queued_key = NULL, started_at = {_LITE_NOW}"
+)
+_WAITED_PG: Final = "CASE WHEN isfinite(run_at) THEN EXTRACT(EPOCH FROM now() - run_at) END"
+_WAITED_LITE: Final = "(julianday('now') - julianday(run_at)) * 86400.0"
 _NOT_PAUSED: Final = "NOT EXISTS (SELECT 1 FROM aftercommit_pool p WHERE p.name = :pool)"
 _CLAIM = Statement(
     "WITH due AS (SELECT id AS due_id FROM aftercommit_task WHERE state = 'queued' AND pool = :pool "
     "AND run_at <= now() AND task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json)))) "
     f"AND {_NOT_PAUSED} "
     "ORDER BY priority DESC, run_at, id LIMIT :count FOR UPDATE SKIP LOCKED) "
-    "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = attempt + 1, claims = claims + 1, "
-    f"queued_key = NULL, started_at = {_PG_NOW} FROM due WHERE id = due_id {_RETURNED} "
-    "EXTRACT(EPOCH FROM now() - run_at)",
-    "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = attempt + 1, claims = claims + 1, "
-    f"queued_key = NULL, started_at = {_LITE_NOW} WHERE id IN (SELECT id FROM aftercommit_task "
+    f"UPDATE aftercommit_task SET {_TAKEN_PG} FROM due WHERE id = due_id {_RETURNED} {_WAITED_PG}",
+    # The name is not for an index: by the one of kinds, all that is delayed would be looked at (SQLite 3.53).
+    f"UPDATE aftercommit_task SET {_TAKEN_LITE} WHERE id IN (SELECT id FROM aftercommit_task "
     f"WHERE state = 'queued' AND pool = :pool AND run_at <= {_LITE_NOW} "
-    f"AND task IN (SELECT value FROM json_each(:names)) AND {_NOT_PAUSED} "
-    f"ORDER BY priority DESC, run_at, id LIMIT :count) {_RETURNED} "
-    "(julianday('now') - julianday(run_at)) * 86400.0",
+    f"AND +task IN (SELECT value FROM json_each(:names)) AND {_NOT_PAUSED} "
+    f"ORDER BY priority DESC, run_at, id LIMIT :count) {_RETURNED} {_WAITED_LITE}",
 )
 _ANY_DUE = Statement(
     f"SELECT EXISTS (SELECT 1 FROM aftercommit_task WHERE state = 'queued' AND pool = :pool AND run_at <= {_LITE_NOW} "
-    f"AND task IN (SELECT value FROM json_each(:names)) AND {_NOT_PAUSED})"
+    f"AND +task IN (SELECT value FROM json_each(:names)) AND {_NOT_PAUSED})"
 )
 # The same where tasks stand in the way which cannot be taken: the first few of every kind, and of these the best. Not
 # always, because on PostgreSQL it locks, for its own length, more than it takes.
@@ -351,16 +408,13 @@ _CLAIM_CROWDED = Statement(
     f"{_OF_A_KIND.format(now='now()')} FOR UPDATE SKIP LOCKED) d WHERE k.pool = :pool "
     f"AND k.task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json)))) AND {_NOT_PAUSED} "
     "ORDER BY k.priority DESC, d.run_at, d.id LIMIT :count) "
-    "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = attempt + 1, claims = claims + 1, "
-    f"queued_key = NULL, started_at = {_PG_NOW} FROM due WHERE id = due_id {_RETURNED} "
-    "EXTRACT(EPOCH FROM now() - run_at)",
-    "UPDATE aftercommit_task SET state = 'running', worker = :worker, attempt = attempt + 1, claims = claims + 1, "
-    f"queued_key = NULL, started_at = {_LITE_NOW} WHERE id IN (WITH {KINDS_LITE} SELECT c.id "
+    f"UPDATE aftercommit_task SET {_TAKEN_PG} FROM due WHERE id = due_id {_RETURNED} {_WAITED_PG}",
+    f"UPDATE aftercommit_task SET {_TAKEN_LITE} WHERE id IN (WITH {KINDS_LITE} SELECT c.id "
     + _KNOWN_KINDS_LITE.format(
-        join=f"JOIN aftercommit_task c ON c.id IN (SELECT t.id {_OF_A_KIND.format(now=_LITE_NOW)})"
+        # Crossed: in this order, whatever the planner believes.
+        join=f"CROSS JOIN aftercommit_task c ON c.id IN (SELECT t.id {_OF_A_KIND.format(now=_LITE_NOW)})"
     )
-    + f" ORDER BY c.priority DESC, c.run_at, c.id LIMIT :count) {_RETURNED} "
-    "(julianday('now') - julianday(run_at)) * 86400.0",
+    + f" ORDER BY c.priority DESC, c.run_at, c.id LIMIT :count) {_RETURNED} {_WAITED_LITE}",
 )
 _ANY_DUE_CROWDED = Statement(
     f"WITH {KINDS_LITE} SELECT EXISTS (SELECT 1 "
@@ -390,20 +444,38 @@ def claim(
             # A claim that finds nothing would wait for the write lock all the same.
             return []
     rows = (_CLAIM_CROWDED if crowded else _CLAIM).execute(connection, parameters).all()
-    return [
-        Claimed(
-            claim=Claim(_uuid(row[0]), row[3], row[4]),
-            task=row[1],
-            arguments=row[2],
-            max_attempts=row[5],
-            parent=None if row[6] is None else _uuid(row[6]),
-            context=row[7],
-            checkpoint=row[8],
-            waited=max(0.0, float(row[10])),
-        )
-        # An UPDATE returns its rows in no order in particular; ids rise with time.
-        for row in sorted(rows, key=lambda row: (-row[9], -float(row[10]), str(row[0])))
-    ]
+    taken: list[tuple[tuple[int, float, str], Claimed]] = []
+    for row in rows:
+        try:
+            each = _claimed(row)
+            taken.append(((-int(row[10]), -each.waited, str(each.claim.id)), each))
+        except (ValueError, TypeError) as exc:
+            # Somebody has written there what no column of ours can hold; only SQLite lets him.
+            _UNREADABLE.execute(connection, {"raw": row[0], "error": f"the record cannot be read: {exc}"[:1000]})
+    # An UPDATE returns its rows in no order in particular; ids rise with time.
+    return [each for _place, each in sorted(taken, key=lambda pair: pair[0])]
+
+
+_UNREADABLE = Statement(
+    "UPDATE aftercommit_task SET state = 'failed', finished_at = clock_timestamp(), error = :error WHERE id = :raw",
+    f"UPDATE aftercommit_task SET state = 'failed', finished_at = {_LITE_NOW}, error = :error WHERE id = :raw",
+)
+
+
+def _claimed(row: Any) -> Claimed:
+    waited = float(row[11] or 0.0)
+    return Claimed(
+        claim=Claim(_uuid(row[0]), row[3], row[4]),
+        task=row[1],
+        arguments=row[2],
+        max_attempts=int(row[5]),
+        parent=None if row[6] is None else _uuid(row[6]),
+        context=row[7],
+        checkpoint=row[8],
+        refunds=int(row[9]) - int(row[3]),
+        # Nobody can say it of a moment that there never was, such as the year 0 or infinity.
+        waited=max(0.0, waited) if math.isfinite(waited) else 0.0,
+    )
 
 
 _CLAIM_ONE = Statement(
@@ -420,8 +492,10 @@ def claim_one(connection: Connection, record: UUID, *, worker: UUID) -> bool:
 
 
 _REHOME = Statement(
-    "UPDATE aftercommit_task SET pool = :new WHERE state = 'queued' AND pool = :old "
-    "AND task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json))))",
+    # Those that an asker has locked, who counts on their being queued, come the next time.
+    "UPDATE aftercommit_task SET pool = :new WHERE id IN (SELECT id FROM aftercommit_task WHERE state = 'queued' "
+    "AND pool = :old AND task = ANY(ARRAY(SELECT json_array_elements_text(CAST(:names AS json)))) "
+    "FOR UPDATE SKIP LOCKED)",
     "UPDATE aftercommit_task SET pool = :new WHERE state = 'queued' AND pool = :old "
     "AND task IN (SELECT value FROM json_each(:names))",
 )
@@ -455,9 +529,11 @@ _CANCEL = Statement(
 )
 _RETRY = Statement(
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_PG_NOW}, finished_at = NULL, worker = NULL, "
-    f"attempt = 0, {_KEY_AGAIN} WHERE id = :id AND state IN ('failed', 'cancelled') RETURNING pool",
+    "attempt = 0, refunds = 0, queued_key = NULL WHERE id = :id AND state IN ('failed', 'cancelled') "
+    "RETURNING pool, key",
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_LITE_NOW}, finished_at = NULL, worker = NULL, "
-    f"attempt = 0, {_KEY_AGAIN} WHERE id = :id AND state IN ('failed', 'cancelled') RETURNING pool",
+    "attempt = 0, refunds = 0, queued_key = NULL WHERE id = :id AND state IN ('failed', 'cancelled') "
+    "RETURNING pool, key",
 )
 
 
@@ -468,10 +544,13 @@ def cancel(connection: Connection, record: UUID) -> bool:
 
 def retry(connection: Connection, record: UUID) -> bool:
     """Queue a task that failed or was cancelled once more, with all its attempts."""
-    pool = _RETRY.execute(connection, {"id": record}).scalar()
-    if pool is not None:
-        notify(connection, (pool,))
-    return pool is not None
+    row = _RETRY.execute(connection, {"id": record}).first()
+    if row is None:
+        return False
+    if row[1] is not None:
+        keys.take_up(connection, [record])
+    notify(connection, (row[0],))
+    return True
 
 
 # --- progress ---------------------------------------------------------------------------------------------------

@@ -7,15 +7,18 @@ the drivers prepare them and their cost disappears.
 from __future__ import annotations
 
 import re
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 from uuid import UUID
 
+from sqlalchemy.exc import DBAPIError
+
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from sqlalchemy import Connection, CursorResult
 
-__all__ = ["Statement"]
+__all__ = ["Statement", "savepoint"]
 
 _NAME = re.compile(r"(?<![:\w]):([a-z_]+)")
 
@@ -63,3 +66,21 @@ class Statement:
             return f"${names.index(match[1]) + 1}"
 
         return _NAME.sub(numbered, sql), names
+
+
+@contextmanager
+def savepoint(connection: Connection) -> Iterator[None]:
+    """Take back, on an error, what was done inside, and nothing else of somebody's transaction.
+
+    By plain SQL: SQLAlchemy's own savepoints are events that hand-overs listen to, and this may be in a commit.
+    """
+    connection.exec_driver_sql("SAVEPOINT aftercommit")
+    try:
+        yield
+    except BaseException:
+        # On a connection that was lost there is nothing to take back, and the first error says more.
+        with suppress(DBAPIError):
+            connection.exec_driver_sql("ROLLBACK TO SAVEPOINT aftercommit")
+            connection.exec_driver_sql("RELEASE SAVEPOINT aftercommit")
+        raise
+    connection.exec_driver_sql("RELEASE SAVEPOINT aftercommit")

@@ -46,7 +46,8 @@ class Sweep:
 
 
 _SWEEP = Statement(
-    "SELECT 'queued', task, count(*), EXTRACT(EPOCH FROM clock_timestamp() - MIN(run_at)) FROM aftercommit_task "
+    "SELECT 'queued', task, count(*), EXTRACT(EPOCH FROM clock_timestamp() - MIN(run_at) "
+    "FILTER (WHERE isfinite(run_at))) FROM aftercommit_task "
     "WHERE state = 'queued' GROUP BY task "
     "UNION ALL SELECT 'running', task, count(*), NULL FROM aftercommit_task WHERE state = 'running' GROUP BY task "
     "UNION ALL SELECT 'workers', NULL, count(*), NULL FROM aftercommit_worker "
@@ -68,7 +69,7 @@ def sweep(connection: Connection, *, silent_after: float) -> Sweep:
         silent_after: Seconds without a heartbeat after which a worker does not count.
     """
     rows = _SWEEP.execute(connection, {"silent": -silent_after}).all()
-    queued = {task: (count, float(age)) for what, task, count, age in rows if what == "queued"}
+    queued = {task: (count, -1.0 if age is None else float(age)) for what, task, count, age in rows if what == "queued"}
     running = {task: count for what, task, count, _age in rows if what == "running"}
     tasks = {}
     for task in sorted({*queued, *running}):

@@ -92,8 +92,9 @@ class TaskRecord(Base):
         attempt: The attempt at hand, or the last; 0 before the first.
         max_attempts: How many there may be.
         claims: How often a worker took it; with the attempt, the token that fences a zombie off.
-        refunds: How often in a row a claim ended without an attempt being used and without an orderly stop: conflicts
-            that lasted, records that said ``running`` and that nobody ran. Has a ceiling.
+        refunds: How often in a row it was claimed without ending in order or getting on; those beyond the attempts used
+            came to nothing (conflicts that lasted, records that said ``running`` and that nobody ran), and have a
+            ceiling.
         run_at: When it is due.
         enqueued_at: When it was asked for.
         started_at: When the attempt at hand, or the last, was claimed.

@@ -51,7 +51,7 @@ KINDS_PG: Final = (
 # SQLite begins at what is equal to a row of values, and reads all of it to find what is greater.
 KINDS_LITE: Final = (
     f"RECURSIVE kinds(pool, task, priority) AS (SELECT * FROM ({_FIRST}) UNION ALL SELECT n.pool, n.task, n.priority "
-    "FROM kinds k JOIN aftercommit_task n ON n.rowid = COALESCE("
+    "FROM kinds k CROSS JOIN aftercommit_task n ON n.rowid = COALESCE("
     f"(SELECT t.rowid {_NEXT} t.pool = k.pool AND t.task = k.task AND t.priority > k.priority {_IN_ORDER}), "
     f"(SELECT t.rowid {_NEXT} t.pool = k.pool AND t.task > k.task {_IN_ORDER}), "
     f"(SELECT t.rowid {_NEXT} t.pool > k.pool {_IN_ORDER})))"
@@ -65,15 +65,18 @@ _ENDS: Final = (
     f"{_OF_A_KIND.format(order='DESC')} AS last FROM kinds k "
     "WHERE NOT EXISTS (SELECT 1 FROM aftercommit_pool p WHERE p.name = k.pool))"
 )
+_LITE_NOW: Final = "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
 _LOOK = Statement(
     f"WITH {KINDS_PG}, {_ENDS}, known AS (SELECT json_array_elements_text(CAST(:names AS json)) AS task) "
-    "SELECT e.pool, EXTRACT(EPOCH FROM MIN(e.first) FILTER (WHERE e.task IN (SELECT task FROM known)) - now()), "
+    "SELECT e.pool, MIN(CASE WHEN e.task NOT IN (SELECT task FROM known) THEN NULL WHEN isfinite(e.first) THEN "
+    "EXTRACT(EPOCH FROM e.first - now()) WHEN e.first < now() THEN -1 END), "
     "false, bool_or(e.last > now() OR e.task NOT IN (SELECT task FROM known)) FROM ends e GROUP BY e.pool "
     "UNION ALL SELECT name, NULL, true, false FROM aftercommit_pool",
     f"WITH {KINDS_LITE}, {_ENDS}, known AS (SELECT value AS task FROM json_each(:names)) "
-    "SELECT e.pool, (julianday(MIN(CASE WHEN e.task IN (SELECT task FROM known) THEN e.first END)) "
-    "- julianday('now')) * 86400.0, "
-    "0, MAX(julianday(e.last) > julianday('now') OR e.task NOT IN (SELECT task FROM known)) FROM ends e "
+    # As the claim compares them. An impossible date has no Julian day, and is before or behind us all the same.
+    "SELECT e.pool, MIN(CASE WHEN e.task IN (SELECT task FROM known) THEN COALESCE((julianday(e.first) "
+    f"- julianday('now')) * 86400.0, CASE WHEN e.first <= {_LITE_NOW} THEN -1.0 END) END), "
+    f"0, MAX(e.last > {_LITE_NOW} OR e.task NOT IN (SELECT task FROM known)) FROM ends e "
     "GROUP BY e.pool UNION ALL SELECT name, NULL, 1, 0 FROM aftercommit_pool",
 )
 

@@ -24,7 +24,7 @@ from aftercommit.tasks.transient import is_disconnect
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy import Connection
+    from sqlalchemy import Connection, Engine
 
     from aftercommit.pools import Pools
 
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 _LONG: Final = 3600.0
 _LOCK_SECONDS: Final = 0.5
+_LIMIT_WAITS_HERE: Final = "SET LOCAL lock_timeout = 1000"
 
 
 class BooksClosed(RuntimeError):
@@ -48,15 +49,24 @@ class Bookkeeper:
         pools: Where its connection comes from.
         round: Called on the thread whenever something was asked for or a round is due; returns the seconds until
             the next one.
+        between: Called between two jobs, for what must not wait for all of them.
     """
 
-    def __init__(self, pools: Pools, round: Callable[[], float] | None = None) -> None:  # noqa: A002
+    def __init__(
+        self,
+        pools: Pools,
+        round: Callable[[], float] | None = None,  # noqa: A002
+        *,
+        between: Callable[[], None] | None = None,
+    ) -> None:
         self._pools = pools
         # Nobody else's, so that db.async_dispose() on the application's loop leaves alone what belongs to this one.
         self._pool = Pool(BOOKKEEPING, pools[BOOKKEEPING].settings, pools)
         self._round = round
-        self.is_direct = False
-        """Whether no pooler is known to stand between us and the server."""
+        self._between = between
+        self._is_direct = False
+        self._is_limited = False
+        self._listened: Engine | None = None
         self._wake = threading.Condition()
         self._jobs: deque[tuple[Callable[[Connection], Any], Future[Any]]] = deque()
         self._woken = False
@@ -66,6 +76,23 @@ class Bookkeeper:
         self._thread: threading.Thread | None = None
         self._loop: asyncio.Runner | None = None
         self._connection: Connection | None = None
+
+    @property
+    def is_direct(self) -> bool:
+        """Whether no pooler is known to stand between us and the server."""
+        return self._is_direct
+
+    @is_direct.setter
+    def is_direct(self, is_direct: bool) -> None:
+        if is_direct and not self._is_direct:
+            # The next connection is made with its limit, see _connecting.
+            self._is_limited = False
+            if self._loop is None:
+                self._engine.dispose()
+            else:
+                # The connections alone: a new engine would ask the server what it is once more.
+                self._loop.run(self._pool.async_engine.dispose())
+        self._is_direct = is_direct
 
     def start(self) -> None:
         """Start the thread."""
@@ -160,23 +187,33 @@ class Bookkeeper:
             self._loop.run(self._pool.async_dispose())
 
     def _execute(self, work: Callable[[Connection], T], *, autocommit: bool) -> T:
-        # Whatever the server's default: at a level with snapshots these would fail where they should wait and look.
-        if self._loop is None:
-            engine = self._engine
-            if not self._pools.is_sqlite:
-                engine = view_of(engine, **{LEVEL: "AUTOCOMMIT" if autocommit else "READ COMMITTED"})
-            elif autocommit:
-                engine = view_of(engine, **{AUTOCOMMIT: True})
+        if self._pools.is_sqlite:
+            engine = view_of(self._engine, **{AUTOCOMMIT: True}) if autocommit else self._engine
             with engine.begin() as connection:
                 return work(connection)
+        # A pooler gives each transaction to another server: what limits the waiting for locks must be said in it, and
+        # so there must be one. asyncpg even prepares first and executes then.
+        autocommit = autocommit and self._is_limited
+        engine = self._engine if self._loop is None else self._pool.async_engine.sync_engine
+        if engine is not self._listened:
+            # An async engine that was disposed is replaced.
+            self._listened = engine
+            network.before_connecting(engine, self._connecting)
+        # Whatever the server's default: at a level with snapshots these would fail where they should wait and look.
+        options = {LEVEL: "AUTOCOMMIT" if autocommit else "READ COMMITTED"}
+
+        def work_in_time(connection: Connection) -> T:
+            if not self._is_limited:
+                connection.exec_driver_sql(_LIMIT_WAITS_HERE)
+            return work(connection)
+
+        if self._loop is None:
+            with view_of(self._engine, **options).begin() as connection:
+                return work_in_time(connection)
 
         async def run() -> T:
-            # asyncpg prepares first and executes then: outside a transaction, a pooler in between gives each step to
-            # another server, which knows nothing of the statement.
-            level = "AUTOCOMMIT" if autocommit and self.is_direct else "READ COMMITTED"
-            engine = async_view_of(self._pool.async_engine, **{LEVEL: level})
-            async with engine.begin() as connection:
-                return await connection.run_sync(work)
+            async with async_view_of(self._pool.async_engine, **options).begin() as connection:
+                return await connection.run_sync(work_in_time)
 
         return self._loop.run(run())
 
@@ -195,6 +232,8 @@ class Bookkeeper:
                     self._woken = False
                 for work, future in jobs:
                     self._do(work, future)
+                    if self._between is not None:
+                        self._between()
                 delay = self._make_round()
         finally:
             self._close()
@@ -237,6 +276,19 @@ class Bookkeeper:
         if pools.is_sqlite:
             # Somebody may hold SQLite's write lock for long, and this thread has more to do than to wait for it.
             event.listen(self._engine, "connect", partial(be_impatient, seconds=_LOCK_SECONDS))
+
+    def _connecting(self, _dialect: Any, _record: Any, _args: Any, parameters: dict[str, Any]) -> None:
+        """Have no statement of ours wait for a lock for more than a second: whoever has it may stand still for hours.
+
+        For good where there is surely no pooler, which would refuse it; there each transaction says it for itself.
+        """
+        self._is_limited = self._is_direct
+        if not self._is_direct:
+            return
+        if self._loop is None:
+            parameters["options"] = f"{parameters.get('options') or ''} -c lock_timeout=1000"
+        else:
+            parameters["server_settings"] = {**(parameters.get("server_settings") or {}), "lock_timeout": "1000"}
 
     def _close(self) -> None:
         try:

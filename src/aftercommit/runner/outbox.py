@@ -11,11 +11,11 @@ from sqlalchemy import Connection, event
 from sqlalchemy.exc import DBAPIError
 
 from aftercommit import signals
+from aftercommit.commits import autocommits, simulates_commits
 from aftercommit.errors import ConfigurationError, SchemaError, TasksNotCommitted
 from aftercommit.records import happenings, writing
 from aftercommit.records.moves import Claim
 from aftercommit.runner.run import Run
-from aftercommit.sessions.waiting import autocommits, simulates_commits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -120,17 +120,17 @@ class Outbox:
         self.lost_tasks: list[TasksNotCommitted] = []
         self.started = started
         """Takes over what was committed, instead of the runner (tests)."""
-        self._unsettled: list[Callable[[], bool]] = []
+        self._unknown: list[Callable[[], bool]] = []
         self.replaced_by: Stand | None = None
         """Runs what was taken over (tests)."""
 
-    def write(self, connection: Connection, entries: Sequence[Wanted], *, prompt: bool) -> None:
+    def write(self, connection: Connection, entries: Sequence[Wanted], *, owns_commit: bool) -> None:
         """Write the durable ones with one statement, and take places for those that can start at once."""
         for entry in entries:
             entry.arguments = entry.handed.resolve()
         durable = [entry for entry in entries if entry.task.settings.durable]
         runner = self.runner
-        if prompt and runner is not None:
+        if owns_commit and runner is not None:
             for entry in entries:
                 self._reserve(runner, entry)
         if durable:
@@ -169,7 +169,7 @@ class Outbox:
         for entry in entries:
             self._start(entry)
 
-    def unsettled(self, entries: Sequence[Wanted], connection: Connection) -> None:
+    def outcome_unknown(self, entries: Sequence[Wanted], connection: Connection) -> None:
         """Somebody commits past the session: look for the end of that transaction."""
         transaction = connection.get_transaction()
         if transaction is None or (self.runner is None and self.started is None):
@@ -200,12 +200,12 @@ class Outbox:
         if self.runner is not None:
             self.runner.settle(settle)
         else:
-            self.settle()
-            self._unsettled.append(settle)
+            self.poll_outcome()
+            self._unknown.append(settle)
 
-    def settle(self) -> None:
+    def poll_outcome(self) -> None:
         """Where no runner looks for the ends of such transactions: look now."""
-        self._unsettled = [check for check in self._unsettled if not check()]
+        self._unknown = [check for check in self._unknown if not check()]
 
     def dropped(self, entries: Sequence[Wanted]) -> None:
         """Give back the places that were reserved: the transaction was rolled back."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aftercommit.errors import LostClaim, PayloadError, RowGone, WorkerLost
-from aftercommit.tasks.retry import Again, GiveUp, decide
+from aftercommit.tasks.retry import REFUNDS_LIMIT, Again, GiveUp, decide
 from aftercommit.tasks.transient import Fault, fault_of
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ __all__ = [
     "error_to_record",
     "has_arguments",
     "is_in_doubt",
+    "may_be_own_doing",
     "worn_out",
 ]
 
@@ -116,6 +117,7 @@ def decide_outcome(run: Run, error: BaseException, *, cancelled: bool = False) -
         saw_conflict=run.current.saw_conflict,
         saw_cancelled=run.current.saw_cancelled,
         was_called=run.was_called,
+        refunds=run.refunds,
         rng=_rng,
     )
     # A task in memory has no record to queue: it is retried here, or not at all.
@@ -123,7 +125,9 @@ def decide_outcome(run: Run, error: BaseException, *, cancelled: bool = False) -
 
 
 def worn_out(run: Run) -> BaseException | None:
-    """The error of a task that killed its worker as often as it may be tried."""
+    """The error of a task that killed its worker as often as it may be tried, or was claimed in vain too often."""
+    if run.refunds >= REFUNDS_LIMIT:
+        return run.in_vain()
     if run.attempt <= run.max_attempts:
         return None
     return WorkerLost(
@@ -133,6 +137,11 @@ def worn_out(run: Run) -> BaseException | None:
         task=run.name,
         run_id=run.id,
     )
+
+
+def may_be_own_doing(run: Run, error: BaseException) -> bool:
+    """Whether the fence found no claim, though nothing has told the run that it lost it."""
+    return run.claim is not None and run.abandoned is None and isinstance(error, LostClaim)
 
 
 def is_in_doubt(run: Run, error: BaseException) -> bool:

@@ -29,6 +29,7 @@ from aftercommit.runner.outcome import (
     error_to_record,
     has_arguments,
     is_in_doubt,
+    may_be_own_doing,
 )
 from aftercommit.runner.run import Run, failure_of, now
 from aftercommit.tasks.retry import Again, GiveUp
@@ -171,7 +172,13 @@ class _Recording:
         in_doubt = is_in_doubt(run, error)
         error = error_to_record(run, error, outcome)
         if isinstance(outcome, ClaimGone):
-            _lost(run)
+            if not (may_be_own_doing(run, error) and self._standing().is_held):
+                _lost(run)
+                return
+            # Its own transaction changed or hid the record, and is rolled back by now. It would do so each time.
+            hidden = run.hidden()
+            hidden.__cause__ = error
+            self._record_failure(hidden)
         elif in_doubt and not self._is_still_ours(self._standing()):
             return
         elif isinstance(outcome, GiveUp):
@@ -280,7 +287,7 @@ def _writing_back(run: Run, error: BaseException, step: Again | GiveBack) -> Cal
         return lambda connection: moves.give_back(connection, claim, None, at="", delay=0.0, refund=True)
     failure = failure_of(error)
     return lambda connection: moves.give_back(
-        connection, claim, failure, at=now(), delay=step.delay, refund=not step.counts
+        connection, claim, failure, at=now(), delay=step.delay, refund=not step.counts, got_on=run.got_on
     )
 
 

@@ -11,6 +11,7 @@ import os
 import socket
 import time
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from aftercommit import signals
@@ -23,7 +24,7 @@ from aftercommit.tasks.transient import Fault, fault_of
 from aftercommit.watch.loop_monitor import line_on_loop
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from uuid import UUID
 
     from sqlalchemy import Connection
@@ -81,6 +82,7 @@ class Rounds:
         self._runner = runner
         self._pace = pace
         self._suspects: set[UUID] = set()
+        self._homeless: dict[tuple[str, str], float] = {}
         self._left: set[UUID] = set()
         self._next_beat = 0.0
         self._next_poll = 0.0
@@ -176,29 +178,62 @@ class Rounds:
         return max(0.0, self._wakes_at - time.monotonic())
 
     def _work(self, now: float) -> None:
+        met: Exception | None = None
+        for duty in self._due(now):
+            try:
+                duty()
+            except Exception as exc:
+                # Somebody has locked what this one needs, for as long as he likes: the others go on without it. On
+                # SQLite there is one lock, and none of them would get it.
+                if fault_of(exc) is not Fault.CONFLICT or self._runner.sessions.pools.is_sqlite:
+                    raise
+                met = met or exc
+            self.stay_alive()
+        if met is not None:
+            raise met
+
+    def _due(self, now: float) -> Iterator[Callable[[], object]]:
         runner = self._runner
+        # A transaction pooler lets no LISTEN through, so where that works by the database's own URL there is none.
+        runner.books.is_direct = runner.is_listening and not runner.listens_elsewhere
         # Before the heartbeat, which may find a silent worker that lists the same: it was in this process before.
-        self.backends.write_when_due()
+        yield self.backends.write_when_due
         if now >= self._next_beat:
-            is_ending = self._beat()
-            # What held a record of theirs is gone in a moment, and the record can be taken then.
-            self._next_beat = time.monotonic() + (_ENDING_SECONDS if is_ending else self._pace.heartbeat)
+            yield self._beat
         if now >= self._next_poll:
-            self._poll()
+            yield self._poll
         for lane in runner.lanes.values():
             if lane.is_ahead:
-                runner.share(lane)
+                yield partial(runner.share, lane)
             if lane.has_queued:
-                self._claim(lane)
+                yield partial(self._claim, lane)
         if runner.progressing and now >= self._next_progress:
-            self._write_progress()
-            self._next_progress = time.monotonic() + _PROGRESS_SECONDS
+            yield self._write_progress
         if runner.herald.due() == 0.0:
-            runner.herald.send()
+            yield runner.herald.send
         if now >= self._next_prune:
-            self._prune()
+            yield self._prune
         if now >= self._next_sweep:
-            self._look_at_all()
+            yield self._look_at_all
+
+    def stay_alive(self) -> None:
+        """Renew our row if a heartbeat is due: in the middle of a round, or of many jobs, each may take its second."""
+        runner = self._runner
+        late = time.monotonic() - self._last_beat
+        # One that was silent itself has more to do than to say that it is there.
+        if not runner.is_durable or self.has_left or not self._pace.heartbeat <= late < self._pace.silent_after / 2:
+            return
+        try:
+            self._renew()
+        except Exception:  # the heartbeat itself, which follows, finds the same, and tells of it
+            logger.debug("The worker's row could not be renewed between two jobs", exc_info=True)
+
+    def _renew(self) -> bool:
+        runner = self._runner
+        is_there = runner.books.execute(lambda c: workers.renew(c, runner.id), autocommit=True)
+        if is_there:
+            self._last_beat = time.monotonic()
+        return is_there
 
     def _following(self) -> list[float]:
         due = [self._next_beat, self._next_poll, self._next_prune, self._next_sweep, self.backends.due]
@@ -246,28 +281,31 @@ class Rounds:
         )
         self._next_beat = time.monotonic() + self._pace.heartbeat
 
-    def _beat(self) -> bool:
-        """Say that we are alive, and look at the others; return whether what a silent one held is being ended."""
+    def _beat(self) -> None:
+        """Say that we are alive, and look at the others."""
         runner = self._runner
         late = time.monotonic() - self._last_beat
-        pulse = runner.books.execute(
-            lambda c: workers.beat(c, runner.id, silent_after=self._pace.silent_after), autocommit=True
-        )
-        # After the look, so that nothing that was taken before it is missing here.
-        held = dict(runner.held)
-        self._last_beat = time.monotonic()
-        if pulse is None or late > self._pace.silent_after:
+        is_there = self._renew()
+        self._next_beat = time.monotonic() + self._pace.heartbeat
+        if not is_there or late > self._pace.silent_after:
             self.backends.rewrite()
-        if pulse is None:
+        if is_there:
+            pulse = runner.books.execute(
+                lambda c: workers.look(c, runner.id, silent_after=self._pace.silent_after), autocommit=True
+            )
+        else:
             # We were silent for so long that our row was taken away, and with it what we ran.
             runner.books.execute(self.register)
+            self._last_beat = time.monotonic()
             pulse = workers.Pulse(running=frozenset(), has_silent=False)
+        # After the look, so that nothing that was taken before it is missing here.
+        held = dict(runner.held)
         self._release_orphans(pulse.running - held.keys())
         self._stop_lost(pulse.running, held)
         # A worker that was silent itself does not judge others: their heartbeats may have waited for the same lock.
-        if pulse.has_silent and late < self._pace.silent_after / 2:
-            return self._rescue()
-        return False
+        if pulse.has_silent and late < self._pace.silent_after / 2 and self._rescue():
+            # What held a record of theirs is gone in a moment, and the record can be taken then.
+            self._next_beat = time.monotonic() + _ENDING_SECONDS
 
     def _release_orphans(self, orphans: frozenset[UUID]) -> None:
         runner = self._runner
@@ -315,8 +353,6 @@ class Rounds:
         due = {pool: each.seconds for pool, each in found.items() if each.seconds is not None}
         self._crowded = {pool for pool, each in found.items() if each.is_crowded}
         following = self._pace.poll_listening if runner.is_listening else self._pace.poll
-        # A transaction pooler lets no LISTEN through, so where that works by the database's own URL there is none.
-        runner.books.is_direct = runner.is_listening and not runner.listens_elsewhere
         if runner.books.is_asyncpg and not runner.is_listening:
             # There a look is a transaction, three statements, and idle workers must cost next to nothing.
             following = max(following, _POLL_IN_TRANSACTIONS)
@@ -335,21 +371,29 @@ class Rounds:
         self._next_poll = time.monotonic() + following
 
     def _rehome(self, pools: set[str]) -> None:
-        """Take in tasks that were queued in a pool which an earlier release had: nobody else would ever run them."""
+        """Take in tasks that were queued in a pool which an earlier release had: nobody else would ever run them.
+
+        It may be a pool of another application on this database. So it is not ours to take from as long as a worker
+        runs it that knows the name, nor for a while after that one has signed off: it may be starting again.
+        """
         runner = self._runner
+        now = time.monotonic()
+        homeless: dict[tuple[str, str], float] = {}
         for old in pools.difference(runner.sessions.pools.names):
+            known = runner.books.execute(partial(workers.who_runs, pool=old), autocommit=True)
             by_pool: dict[str, list[str]] = {}
             for name in runner.names():
-                by_pool.setdefault(runner.tasks[name].settings.pool, []).append(name)
+                if name in known:
+                    continue
+                since = homeless[old, name] = self._homeless.get((old, name), now)
+                if now - since >= self._pace.silent_after:
+                    by_pool.setdefault(runner.tasks[name].settings.pool, []).append(name)
             for new, names in by_pool.items():
-
-                def move(connection: Connection, *, new: str = new, names: list[str] = names, old: str = old) -> int:
-                    return moves.rehome(connection, old=old, new=new, names=names)
-
-                moved = runner.books.execute(move)
+                moved = runner.books.execute(partial(moves.rehome, old=old, new=new, names=names))
                 if moved:
                     logger.warning("There is no pool %r any more: %d task(s) in it moved to %r", old, moved, new)
                     runner.expect(new)
+        self._homeless = homeless
 
     def _claim(self, lane: Lane) -> None:
         count = lane.capacity()
@@ -383,6 +427,7 @@ class Rounds:
                 arguments=each.arguments,
                 context=each.context,
                 checkpoint=each.checkpoint,
+                refunds=each.refunds,
                 waited=each.waited,
                 pool=lane.name,
             )
@@ -391,6 +436,7 @@ class Rounds:
     # --- progress, pruning --------------------------------------------------------------------------------------
 
     def _write_progress(self) -> None:
+        self._next_progress = time.monotonic() + _PROGRESS_SECONDS
         runner = self._runner
         for run in list(runner.progressing.values()):
             session = run.session

@@ -10,17 +10,26 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from aftercommit import signals
-from aftercommit.errors import CommitWithoutCheckpoint, ConfigurationError, LostClaim, TaskTimeout, WorkerLost
-from aftercommit.records import moves
+from aftercommit.commits import fence_commits
+from aftercommit.errors import (
+    CommitWithoutCheckpoint,
+    ConfigurationError,
+    LostClaim,
+    RunInVain,
+    TaskTimeout,
+    WorkerLost,
+)
+from aftercommit.pools.taking import make_takeable
+from aftercommit.records import elsewhere, moves
 from aftercommit.records.moves import Claim, Failure
-from aftercommit.sessions import Owner, at_every_commit
+from aftercommit.sessions import Owner
 from aftercommit.tasks.current import CurrentRun, current_run
 from aftercommit.tasks.retry import Tries
 from aftercommit.tasks.transient import Fault, cancels_ours, fault_of
 
 if TYPE_CHECKING:
     import asyncio
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from uuid import UUID
 
     from sqlalchemy import Connection
@@ -47,6 +56,7 @@ class Run:
         arguments: JSON text.
         context: What follows the task across the hand-over, JSON text.
         checkpoint: What an earlier run saved, JSON text.
+        refunds: How many claims before this one came to nothing, without using an attempt up.
         waited: Seconds between its being due and its being taken.
         taken: When that was, by the monotonic clock; 0.0 before.
         pool: The pool it was asked for in, and runs in; the task's own by default.
@@ -62,6 +72,7 @@ class Run:
         is_taken_over: Whether somebody else records its end: it hangs.
         is_committed: Whether its last commit is done.
         was_called: Whether the task's function was called, under this claim.
+        got_on: Whether this claim has saved something that the next one goes on from.
     """
 
     task: Task[Any, Any]
@@ -72,6 +83,7 @@ class Run:
     arguments: str
     context: str | None = None
     checkpoint: str | None = None
+    refunds: int = 0
     waited: float = 0.0
     taken: float = 0.0
     pool: str = ""
@@ -87,6 +99,7 @@ class Run:
     is_taken_over: bool = False
     is_committed: bool = False
     was_called: bool = False
+    got_on: bool = False
     current: CurrentRun = field(init=False)
     session: Session | None = None
     connection: Connection | None = None
@@ -143,7 +156,7 @@ class Run:
             self.deadline = time.monotonic() + timeout
             if self.on_deadline is not None:
                 self.on_deadline(self)
-        at_every_commit(session, begun=self._begun, committing=self._committing)
+        fence_commits(session, self)
 
     def end_try(self) -> None:
         """Let go of what belonged to one try; what is done from here on is not the function's doing."""
@@ -199,19 +212,40 @@ class Run:
         if self.on_progress is not None:
             self.on_progress(self)
 
-    def _begun(self, connection: Connection) -> None:
+    # --- its commits, see commits.fences -------------------------------------------------------------------------
+
+    def begun(self, connection: Connection) -> None:
+        """A transaction of its session has begun."""
         if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
             raise ConfigurationError(
                 f"Task {self.name!r} put its session into AUTOCOMMIT: every statement would take effect by itself, and "
                 "again when the run is repeated. Leave the session's isolation level alone; use db.session() for work "
                 "that needs no transaction."
             )
+        make_takeable(connection)
         self.connection = connection
+        if self.abandoned is not None:
+            # Whoever ended it found no connection to take.
+            raise self.abandoned
         self._changes = moves.changes_so_far(connection)
         if self.deadline is not None:
             moves.limit_time(connection, max(0.0, self.deadline - time.monotonic()) + _SERVER_LAG)
 
-    def _committing(self, connection: Connection) -> None:
+    def begun_elsewhere(self, connection: Connection) -> None:
+        """Its session works on a second connection, too."""
+        elsewhere.note(connection)
+
+    def rolled_back(self, connection: Connection) -> None:
+        """Whatever begins on the connection now has written nothing yet."""
+        if not (connection.closed or connection.invalidated):
+            self._changes = moves.changes_so_far(connection)
+
+    def committing_anywhere(self, connection: Connection, others: Sequence[Connection]) -> None:
+        """A COMMIT comes on one of several connections: of these, only its own may have written."""
+        elsewhere.refuse_writes(connection, others, task=self.name)
+
+    def committing(self, connection: Connection) -> None:
+        """A COMMIT comes on its connection, whoever sends it."""
         if self.abandoned is not None:
             raise self.abandoned
         if self.is_overdue:
@@ -226,6 +260,8 @@ class Run:
             progress = self.current.take_progress()
             if progress is not None:
                 moves.set_progress(connection, self.id, *progress)
+        # Of a transaction that begins behind this commit past the session, nobody would be told.
+        self._changes = moves.changes_so_far(connection)
 
     def _commit_in_the_middle(self, connection: Connection) -> None:
         value = self.current.take_checkpoint()
@@ -253,6 +289,28 @@ class Run:
         return LostClaim(
             f"Task {self.name!r} ({self.id}, attempt {self.attempt}) no longer owns its record: it was rescued by "
             "another worker after this one fell silent, or it was cancelled. Nothing of this run was committed.",
+            task=self.name,
+            run_id=self.id,
+        )
+
+    def hidden(self) -> RunInVain:
+        """The error of a run whose own transaction changed or hid its record."""
+        return RunInVain(
+            f"Task {self.name!r} ({self.id}, attempt {self.attempt}) could not commit: in its own transaction its "
+            "record was changed, deleted, or not to be found, so that nothing could say that it is done. Rolled back; "
+            "it would be the same each time. Leave the row of the task at hand alone (db.cancel and db.retry are for "
+            "those of others), and keep aftercommit's tables in sight (search_path, schema_translate_map).",
+            task=self.name,
+            run_id=self.id,
+        )
+
+    def in_vain(self) -> RunInVain:
+        """The error of a run that was claimed too often."""
+        return RunInVain(
+            f"Task {self.name!r} ({self.id}) was claimed {self.refunds} times without coming to an end or using up an "
+            "attempt: it met conflicts for as long as that, its worker never ran it to its end, or something resets "
+            "its record. Nothing of these runs was committed. Look at the record's error and at the workers' logs; "
+            "mended, it can be queued again with db.retry(id).",
             task=self.name,
             run_id=self.id,
         )

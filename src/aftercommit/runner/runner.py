@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 from collections import deque
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
@@ -15,14 +16,16 @@ from sqlalchemy.exc import DBAPIError
 
 from aftercommit import signals
 from aftercommit.errors import ConfigurationError, TaskTimeout
-from aftercommit.pools import network
+from aftercommit.pools import network, taking
 from aftercommit.records import moves, notifying, waiting, workers
 from aftercommit.records.ids import uuid7
+from aftercommit.records.statement import savepoint
 from aftercommit.runner.around import around
 from aftercommit.runner.bookkeeper import Bookkeeper
 from aftercommit.runner.lanes import Lane
 from aftercommit.runner.listening import Herald, Listener
 from aftercommit.runner.outcome import decide_outcome
+from aftercommit.runner.patience import in_the_end
 from aftercommit.runner.recording import end, tell_failed
 from aftercommit.runner.rounds import OVERRUN_SECONDS, Pace, Rounds, is_lost
 from aftercommit.runner.run import Run, failure_of, now
@@ -69,7 +72,7 @@ class Runner:
         self.sessions = sessions
         self.tasks = tasks
         self.rounds = Rounds(self, pace)
-        self.books = Bookkeeper(sessions.pools, self.rounds.make)
+        self.books = Bookkeeper(sessions.pools, self.rounds.make, between=self.rounds.stay_alive)
         self.herald = Herald(self.books, sessions.pools)
         self.held: dict[UUID, Run] = {}
         self.progressing: dict[UUID, Run] = {}
@@ -111,7 +114,8 @@ class Runner:
         self.books.start()
         self.sessions.pools.backends.on_connect = self.rounds.connected
         if durable:
-            await self.books.async_call(self.rounds.register)
+            # The bookkeeping has little patience, because its heartbeats come again, and this does not.
+            await in_the_end(partial(self.books.async_call, self.rounds.register))
         # Entered first: of processes that start together none would see another, and each would be content.
         try:
             await check()
@@ -191,6 +195,7 @@ class Runner:
         is_async = any(run.task.is_async for run in leftover)
         await self._wait_idle(_UNWINDING_SECONDS if is_async else 0.5)
         hanging = [run for lane in self.lanes.values() for run in lane.active()]
+        taken: list[Callable[[], bool]] = []
         for run in hanging:
             # From here on it cannot commit: its record is no longer its own.
             run.is_taken_over = True
@@ -199,12 +204,13 @@ class Runner:
                 "Task %r (%s) did not end in time: it goes on in a process that is stopping, and can commit nothing",
                 run.name, run.id,
             )  # fmt: skip
-            if run.task.is_async and run.connection is not None:
+            if self.sessions.pools.is_sqlite:
+                # It may hold the write lock, and what is given back has to be written.
+                taken.append(taking.take(run.connection))
+            elif run.task.is_async and run.connection is not None:
                 # It may be the server that does not answer, and a loop does not close before its last task has ended.
                 network.cut(run.connection)
-            elif self.sessions.pools.is_sqlite and not run.is_finishing:
-                # It may hold the write lock, and what is given back has to be written.
-                _take_connection(run, is_sqlite=True)
+        await taking.all_over(taken)
         await self._hand_back(hanging)
         return len(leftover)
 
@@ -242,8 +248,9 @@ class Runner:
             return 0
 
         def write(connection: Connection) -> None:
-            given[:] = [run for run in mine if not _may_not_begin_again(run) and _write_back(connection, run)]
-            failed[:] = [run for run in mine if _may_not_begin_again(run) and _write_interrupted(connection, run)]
+            again = [run for run in mine if not _may_not_begin_again(run)]
+            given[:] = [run for run in again if _if_free(connection, run, _write_back)]
+            failed[:] = [run for run in mine if run not in again and _if_free(connection, run, _write_interrupted)]
 
         try:
             await self._write_patiently(write)
@@ -488,8 +495,6 @@ class Runner:
             "Task %r (%s) is still running %s s after its time was over: its thread is left to itself, and can commit "
             "nothing", run.name, run.id, OVERRUN_SECONDS,
         )  # fmt: skip
-        _take_connection(run, is_sqlite=self.sessions.pools.is_sqlite)
-        self.lanes[run.pool].abandon(run)
         thread = threading.Thread(target=self._record_overrun, args=(run,), name="aftercommit-overrun", daemon=True)
         self._overrun.add(thread)
         thread.start()
@@ -497,6 +502,9 @@ class Runner:
     def _record_overrun(self, run: Run) -> None:
         error = run.abandoned if isinstance(run.abandoned, TaskTimeout) else run.overdue()
         try:
+            # On SQLite it may hold the write lock, and its end has to be written.
+            taking.take_patiently(run.connection)
+            self.lanes[run.pool].abandon(run)
             with around(run, watched=False):
                 end(run, error, decide_outcome(run, error), self)
             # What it was given is still used by the thread that hangs, so the run is not closed.
@@ -596,6 +604,19 @@ def _is_left_to_others(run: Run) -> bool:
     return _may_not_begin_again(run) and run.task.settings.on_failure is not None
 
 
+def _if_free(connection: Connection, run: Run, write: Callable[[Connection, Run], bool]) -> bool:
+    """Write, unless somebody has locked the record: the others' are written all the same, and this one is rescued."""
+    if connection.dialect.name == "sqlite":
+        return write(connection, run)
+    try:
+        with savepoint(connection):
+            return write(connection, run)
+    except DBAPIError as exc:
+        if fault_of(exc) is not Fault.CONFLICT:
+            raise
+        return False
+
+
 def _write_back(connection: Connection, run: Run) -> bool:
     """Queue it again."""
     assert run.claim is not None  # noqa: S101  # those in memory cannot be queued
@@ -606,23 +627,3 @@ def _write_interrupted(connection: Connection, run: Run) -> bool:
     """Fail it: it may begin only once, and has."""
     assert run.claim is not None  # noqa: S101  # those in memory have no record
     return moves.fail(connection, run.claim, failure_of(run.interrupted()), at=now())
-
-
-def _take_connection(run: Run, *, is_sqlite: bool) -> None:
-    """Take the connection from a run that hangs: the pool opens another, and nobody waits for what it has locked.
-
-    Best effort: on PostgreSQL the server's own time limits end the transaction. SQLite has no server, and the write
-    lock is everybody's; its driver allows a roll-back from another thread, and the run's next statement is refused.
-    """
-    connection = run.connection
-    if connection is None:
-        return
-    try:
-        driver = connection.connection.driver_connection
-        if is_sqlite and driver is not None:
-            driver.interrupt()
-            driver.rollback()
-        else:
-            connection.detach()
-    except Exception:  # whatever state it is in, the run is fenced off anyway
-        logger.debug("The connection of a run that hangs could not be taken", exc_info=True)

@@ -17,7 +17,7 @@ from aftercommit.runner.on_failure import note_leaving
 from aftercommit.runner.outcome import Bookkeeping, GiveBack, Outcome, RunContext, decide_outcome, worn_out
 from aftercommit.runner.recording import async_end, async_still_ours, end, note_repeat, still_ours, succeeded
 from aftercommit.runner.run import Run
-from aftercommit.sessions import has_begun, to_the_end
+from aftercommit.sessions import to_the_end
 from aftercommit.tasks.context import logged
 from aftercommit.tasks.current import as_current
 from aftercommit.tasks.retry import CANCELLED_LIMIT, Again, GiveUp
@@ -251,7 +251,7 @@ def _ended_before(run: Run) -> tuple[BaseException, Outcome] | None:
     if run.stopping:
         return asyncio.CancelledError(), GiveBack()
     error = worn_out(run)
-    return None if error is None else (error, GiveUp(reason="its worker died too often"))
+    return None if error is None else (error, GiveUp(reason="it was begun too often"))
 
 
 def _with_session(run: Run, session: Session | AsyncSession, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -259,9 +259,6 @@ def _with_session(run: Run, session: Session | AsyncSession, args: tuple[Any, ..
 
 
 def _last_commit(session: Session, run: Run) -> None:
-    if not has_begun(session):
-        # It has touched nothing, and its record must be finished all the same.
-        session.connection()
     session.commit()
     run.is_committed = True
 

@@ -12,6 +12,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
+from aftercommit import commits
 from aftercommit.sessions.ended import end_for_good
 from aftercommit.watch.leaks import watch_session
 from aftercommit.watch.sharing import Guard, guard_session
@@ -43,7 +44,7 @@ class Scope:
         self.owner = owner
         self.session = make()
         self._watch = watch_session(self.session, owner, pool)
-        self._guard = guard_session(self.session, owner)
+        self._guard = guard_session(self.session, owner, commits.listen)
         self._keeps_rows = keeps_rows
 
     def __enter__(self) -> Session:
@@ -102,7 +103,7 @@ class AsyncScope:
         self.owner = owner
         self.session = make()
         self._watch = watch_session(self.session.sync_session, owner, pool)
-        self._guard = guard_session(self.session, owner)
+        self._guard = guard_session(self.session, owner, commits.listen)
         self._keeps_rows = keeps_rows
 
     async def __aenter__(self) -> AsyncSession:

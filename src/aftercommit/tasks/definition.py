@@ -274,4 +274,6 @@ def task_name(function: Callable[..., Any], name: str | None) -> str:
     found = name if name is not None else getattr(function, "__name__", "")
     if len(found) > 255:  # noqa: PLR2004  # the column's width
         raise ConfigurationError(f"The task name {found[:40]!r}… is longer than 255 characters.")
+    if "\0" in found or any("\ud800" <= each <= "\udfff" for each in found):
+        raise ConfigurationError(f"The task name {found!r} holds a NUL or half a surrogate pair: no database holds it.")
     return found

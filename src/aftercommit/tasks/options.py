@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
 
 from aftercommit.errors import ConfigurationError
 
-__all__ = ["Options"]
+__all__ = ["Options", "check_key"]
 
 _MAX_KEY = 255
 _MAX_PRIORITY = 2**31 - 1
+_MAX_DELAY = 100 * 366 * 86400.0
+"""A hundred years: beyond the year 9999 neither Python nor SQLite could read the time again."""
+_MIN_YEAR, _MAX_YEAR = 1000, 9998
+"""SQLite compares times as text, and writes earlier years with fewer digits; the last is over in some zone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,9 +36,11 @@ class Options:
 
     def __post_init__(self) -> None:
         """Refuse what cannot be meant."""
-        if not math.isfinite(self.delay) or self.delay < 0:
-            raise ConfigurationError(f"delay={self.delay!r}: give seconds, 0 or more.")
+        if not _is_number(self.delay) or not 0 <= self.delay <= _MAX_DELAY:
+            raise ConfigurationError(f"delay={self.delay!r}: give seconds, 0 or more, and at most 100 years.")
         if self.at is not None:
+            if not isinstance(self.at, datetime):
+                raise ConfigurationError(f"at={self.at!r}: give a datetime, such as datetime.now(UTC) + timedelta(…).")
             if self.delay:
                 raise ConfigurationError("Both delay= and at= were given: say one of them when the task is due.")
             if self.at.tzinfo is None or self.at.utcoffset() is None:
@@ -42,15 +48,49 @@ class Options:
                     f"at={self.at!r} has no time zone, so nobody could say which moment it means. "
                     "Write datetime.now(UTC) + timedelta(…), or give it one with .replace(tzinfo=…)."
                 )
-        if self.key is not None and not 1 <= len(self.key) <= _MAX_KEY:
-            raise ConfigurationError(f"key={self.key!r}: give 1 to {_MAX_KEY} characters.")
-        if abs(self.priority) > _MAX_PRIORITY:
-            raise ConfigurationError(f"priority={self.priority}: give a number between -2**31 and 2**31.")
+            if not _is_storable(self.at):
+                raise ConfigurationError(
+                    f"at={self.at!r}: give a moment between the years {_MIN_YEAR} and {_MAX_YEAR}, "
+                    "which both databases can hold and give back."
+                )
+        if self.key is not None:
+            check_key(self.key)
+        if type(self.priority) is not int or abs(self.priority) > _MAX_PRIORITY:
+            raise ConfigurationError(f"priority={self.priority!r}: give a whole number between -2**31 and 2**31.")
 
     @property
     def is_plain(self) -> bool:
         """Whether nothing was asked for."""
         return self == _PLAIN
+
+
+def check_key(key: object, *, such_as: str = "") -> None:
+    """Refuse a key that one of the databases could not hold and give back as it is.
+
+    Args:
+        key: Of a task or of an event.
+        such_as: What to add to the message.
+
+    Raises:
+        ConfigurationError: If it is no text, empty, too long, or holds a NUL or half a surrogate pair.
+    """
+    if not isinstance(key, str) or not 1 <= len(key) <= _MAX_KEY:
+        raise ConfigurationError(f"key={key!r}: give 1 to {_MAX_KEY} characters{such_as}.")
+    if "\0" in key or any("\ud800" <= each <= "\udfff" for each in key):
+        raise ConfigurationError(
+            f"key={key!r} holds a NUL or half a surrogate pair, which no database can hold. Take it out, or encode it."
+        )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_storable(at: datetime) -> bool:
+    try:
+        return _MIN_YEAR <= at.astimezone(UTC).year <= _MAX_YEAR
+    except (OverflowError, ValueError):
+        return False
 
 
 _PLAIN = Options()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import threading
 from typing import TYPE_CHECKING, Any, Final, get_type_hints
 
@@ -43,6 +44,9 @@ class ResultPlan:
             return None
         try:
             text: str = self._adapter.dump_json(result, warnings="error").decode()
+            # Written for infinity and for what is no number, too, and none of these may come back as None.
+            if "null" in text and not _is_finite(self._adapter.dump_python(result)):
+                raise ValueError("JSON has neither infinity nor NaN")  # noqa: TRY301  # as what is refused above
         except (PydanticSerializationError, UnicodeError, ValueError, TypeError) as exc:
             logger.info("The result of task %r is not kept: %s", task, type(exc).__name__)
             return None
@@ -59,3 +63,12 @@ def _adapter(function: Callable[..., Any]) -> TypeAdapter[Any] | None:
         return TypeAdapter(get_type_hints(function, include_extras=True)["return"])
     except Exception:  # noqa: BLE001  # an annotation for readers only: then nothing is kept
         return None
+
+
+def _is_finite(dumped: Any) -> bool:
+    """Whether all numbers in it are."""
+    if isinstance(dumped, float):
+        return math.isfinite(dumped)
+    if isinstance(dumped, dict):
+        return all(map(_is_finite, [*dumped, *dumped.values()]))
+    return not isinstance(dumped, (list, tuple, set, frozenset)) or all(map(_is_finite, dumped))

@@ -178,6 +178,13 @@ _LATER: Final = (1.0, 5.0)
 """Seconds, from and to, before a run that went back because of conflicts is due again: at least long enough that
 those in its way get on."""
 
+_LATEST: Final = 300.0
+"""Seconds for which it waits at most, where that has come to nothing again and again."""
+
+REFUNDS_LIMIT: Final = 30
+"""Claims of one record that may come to nothing without an attempt being used up. Conflicts reach it after an hour and
+a half without one commit; orderly stops are not among them."""
+
 _FINAL: Final = (RowGone, PayloadError, LostClaim, CommitWithoutCheckpoint)
 """Errors of ours that stay as they are however often the function runs, whatever broad class ``on`` names."""
 
@@ -193,6 +200,7 @@ def decide(
     saw_conflict: bool = False,
     saw_cancelled: bool = False,
     was_called: bool = True,
+    refunds: int = 0,
 ) -> Again | GiveUp:
     """Decide what follows a run that has begun and was ended by *error*.
 
@@ -212,6 +220,7 @@ def decide(
         saw_cancelled: The same for statements of the library's own that were cancelled.
         was_called: Whether the function was called. Where it was not, because what it needs could not be had, a
             repeat is its first call, even for ``Retry(attempts=1)``.
+        refunds: How many claims before this one came to nothing: what goes back again waits longer each time.
     """
     if isinstance(error, _FINAL):
         return GiveUp(reason=f"{type(error).__name__} does not pass by itself")
@@ -227,6 +236,7 @@ def decide(
         saw_conflict=saw_conflict,
         saw_cancelled=saw_cancelled,
         rng=rng,
+        refunds=refunds,
     )
     if again is not None:
         return again
@@ -247,6 +257,7 @@ def _repeat(
     saw_conflict: bool,
     saw_cancelled: bool,
     rng: Random,
+    refunds: int,
 ) -> Again | None:
     """What is repeated without being asked, and is not an attempt."""
 
@@ -258,7 +269,8 @@ def _repeat(
         if repeats.conflict_seconds < CONFLICT_LIMIT:
             return again(Fault.CONFLICT, backoff(_CONFLICTS, repeats.conflicts + 1, rng))
         if fault is Fault.CONFLICT:
-            return again(Fault.CONFLICT, rng.uniform(*_LATER), in_place=False)
+            delay = min(rng.uniform(*_LATER) * 1.5 ** min(max(0, refunds), 30), _LATEST)
+            return again(Fault.CONFLICT, delay, in_place=False)
     if fault is Fault.STALE and repeats.stales == 0:
         return again(Fault.STALE, 0.0)
     if (fault is Fault.UNIQUE or (saw_unique and fault in _ENDS)) and repeats.uniques < UNIQUE_LIMIT:

@@ -18,6 +18,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
 
+from sqlalchemy import Connection, event
 from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
@@ -28,12 +29,13 @@ from aftercommit.watch.holders import HELD, HeldConnection, held_by, hold_of
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from sqlalchemy import Connection, PoolProxiedConnection
+    from sqlalchemy import PoolProxiedConnection
+    from sqlalchemy.orm import SessionTransaction
 
     from aftercommit.watch.owners import Owner
     from aftercommit.watch.sharing import Guard
 
-__all__ = ["SessionWatch", "watch_of", "watch_session"]
+__all__ = ["SessionWatch", "listen", "watch_of", "watch_session"]
 
 _WATCH: Final = "_aftercommit_watch"
 """The attribute of a session; its `info` is the application's."""
@@ -132,6 +134,20 @@ def watch_session(session: Session, owner: Owner, pool: str) -> SessionWatch:
 def watch_of(session: Session) -> SessionWatch | None:
     """The watch of *session*; None if it is not one of ours."""
     return vars(session).get(_WATCH)
+
+
+def listen(target: Session | type[Session]) -> None:
+    """Have the watches of sessions hear of their transactions: of a class of sessions of ours, or of one session."""
+    # Before listeners of the application's, which may take connections of their own.
+    event.listen(target, "after_begin", _after_begin, insert=True)
+
+
+def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
+    # A connection that the session was given stays whose it was.
+    if transaction.parent is None and not isinstance(session.bind, Connection):
+        watch = watch_of(session)
+        if watch is not None:
+            watch.begun(connection)
 
 
 class _Tether(ref[Session]):

@@ -20,22 +20,24 @@ from contextlib import nullcontext
 from functools import cache, partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
-from sqlalchemy import Connection, event
+from sqlalchemy import event
 from sqlalchemy.engine import ChunkedIteratorResult, CursorResult
 from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
 from aftercommit.errors import SessionShared
+from aftercommit.watch import leaks
 from aftercommit.watch.call_sites import CallSite, is_machinery, is_users, line_at
 from aftercommit.watch.deadlocks import this_context
 from aftercommit.watch.holders import at_work
-from aftercommit.watch.leaks import watch_of
 from aftercommit.watch.owners import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
+
+    Listen = Callable[[Session | type[Session]], None]
 
 __all__ = ["Guard", "guard_session"]
 
@@ -168,8 +170,15 @@ class Guard:
         )
 
 
-def guard_session(session: Session | AsyncSession, owner: Owner) -> Guard:
-    """Give a new session its guard: from now on a second user of it is refused."""
+def guard_session(session: Session | AsyncSession, owner: Owner, listen: Listen | None = None) -> Guard:
+    """Give a new session its guard: from now on a second user of it is refused.
+
+    Args:
+        session: A new one.
+        owner: Who has it.
+        listen: Adds whatever else listens to sessions of ours: to their class, as that is made, or to one that has
+            listeners of its own already.
+    """
     if isinstance(session, AsyncSession):
         sync = session.sync_session
         guard = Guard(owner, is_async=True)
@@ -180,21 +189,23 @@ def guard_session(session: Session | AsyncSession, owner: Owner) -> Guard:
         sync = session
         guard = Guard(owner, is_async=False)
     vars(sync)[_GUARD] = guard
-    watch = watch_of(sync)
+    watch = leaks.watch_of(sync)
     if watch is not None:
         watch.guard = guard
     has_listeners = "dispatch" in vars(sync)
     sync_kind: Any = type(sync)
-    sync.__class__ = _guarded(sync_kind)
+    sync.__class__ = _guarded(sync_kind, listen)
     if has_listeners:
         # Its own constructor has asked for events, and from then on a session hears those of the class it had then.
-        _listen(sync)
+        _listen(sync, listen)
     return guard
 
 
-def _listen(target: Session | type[Session]) -> None:
+def _listen(target: Session | type[Session], others: Listen | None) -> None:
     event.listen(target, "after_flush", _after_flush)
-    event.listen(target, "after_begin", _after_begin, insert=True)
+    leaks.listen(target)
+    if others is not None:
+        others(target)
 
 
 def _after_flush(session: Session, _context: object) -> None:
@@ -202,32 +213,24 @@ def _after_flush(session: Session, _context: object) -> None:
     guard.may_have_written = True
 
 
-def _after_begin(session: Session, transaction: SessionTransaction, connection: Connection) -> None:
-    # A connection that the session was given stays what it was.
-    if transaction.parent is None and not isinstance(session.bind, Connection):
-        watch = watch_of(session)
-        if watch is not None:
-            watch.begun(connection)
-
-
 # --- the classes ------------------------------------------------------------------------------------------------
 
 
 @cache
-def _guarded(kind: type[Session]) -> type[Session]:
+def _guarded(kind: type[Session], listen: Listen | None) -> type[Session]:
     methods = {name: _method(kind, name) for name in _METHODS if hasattr(kind, name)}
     # `with session.begin():` ends the transaction past the session, and so may whoever asks for it.
     given = ("begin", "get_transaction", "get_nested_transaction")
     giving = {name: _giving(methods.get(name) or getattr(kind, name)) for name in given}
     made = _subclass(kind, {**methods, **giving, "_execute_internal": _execute(kind), "get_bind": _get_bind(kind)})
-    _listen(made)
+    _listen(made, listen)
     return made
 
 
 def _get_bind(kind: type[Session]) -> Callable[..., Any]:
     def get_bind(self: Any, *args: Any, **kwargs: Any) -> Any:
         bind = kind.get_bind(self, *args, **kwargs)
-        watch = watch_of(self)
+        watch = leaks.watch_of(self)
         if watch is not None and watch.entry is None and self.__dict__[_GUARD].is_entered:
             # The session is about to take a connection: its pool will want to know whose it is.
             this_context().taking = watch
