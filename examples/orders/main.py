@@ -11,7 +11,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import uvicorn
-from fastapi import FastAPI, HTTPException, Request, Response, UploadFile
+from fastapi import Depends, FastAPI, HTTPException, Request, Response, UploadFile
 from fastapi.responses import RedirectResponse, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 from fastapi.templating import Jinja2Templates
@@ -19,6 +19,7 @@ from models import STOCK, BadLine, Base, Customer, OrderFile, Product, db
 from sqlalchemy import func, literal, select, union_all
 from sqlalchemy.orm import Session
 from starlette.background import BackgroundTask
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 from tasks import process_file
 
 from aftercommit import TaskRecord
@@ -27,7 +28,17 @@ from aftercommit.fastapi import AfterCommitDep, SessionDep, install
 HERE = Path(__file__).parent
 pages = Jinja2Templates(HERE / "templates")
 pages.env.globals |= {"STOCK": STOCK, "is_restarted": False}
-app = FastAPI(title="Orders")
+
+
+def refuse_other_sites(request: Request) -> None:
+    """Let no other site's page write here: a browser would send it, also to 127.0.0.1, and says where it comes from."""
+    host, site = request.headers.get("host", ""), request.headers.get("sec-fetch-site", "none")
+    is_ours = request.headers.get("origin", f"//{host}").endswith(f"//{host}") and site in {"same-origin", "none"}
+    if request.method == "POST" and not is_ours:
+        raise HTTPException(403)
+
+
+app = FastAPI(title="Orders", dependencies=[Depends(refuse_other_sites)])
 app.mount("/static", StaticFiles(directory=HERE / "static"))
 install(app, db, create_tables=Base.metadata, grace=2.0)  # a file goes on where it was, so a stop need not wait for it
 
@@ -36,7 +47,7 @@ install(app, db, create_tables=Base.metadata, grace=2.0)  # a file goes on where
 def upload(files: list[UploadFile], session: SessionDep, after_commit: AfterCommitDep) -> Response:
     """Store the files; each is processed once this request has committed."""
     for each in files:
-        file = OrderFile(name=each.filename, size=each.size)
+        file = OrderFile(name=(each.filename or "").replace("\0", "\ufffd"), size=each.size)
         session.add(file)
         file.task_id = after_commit(process_file, file).id
         with file.path.open("wb") as target:
@@ -54,8 +65,8 @@ def list_files(request: Request, session: SessionDep) -> Response:
 
 @app.get("/files/{file_id}")
 def show_file(file_id: int, request: Request, session: SessionDep) -> Response:
-    """Show what was in a file."""
-    file = session.get(OrderFile, file_id)
+    """Show what was in a file; a number that no database counts to is one that is not there."""
+    file = session.get(OrderFile, file_id) if 0 < file_id < 2**63 else None
     if file is None:
         raise HTTPException(404)
     bad_lines = select(BadLine).where(BadLine.file_id == file_id).order_by(BadLine.line).limit(100)
@@ -65,15 +76,17 @@ def show_file(file_id: int, request: Request, session: SessionDep) -> Response:
 
 
 @app.get("/files/{file_id}/bad-lines.csv")
-def download_bad_lines(file_id: int) -> Response:
+def download_bad_lines(file_id: int, session: SessionDep) -> Response:
     """Give all bad lines of a file, with what is wrong with them."""
+    if not 0 < file_id < 2**63 or session.get(OrderFile, file_id) is None:
+        raise HTTPException(404)
 
     def rows() -> Iterator[str]:
         yield "line,reason,text\n"
         query = select(BadLine).where(BadLine.file_id == file_id).order_by(BadLine.line)
         # The request's session has ended when the answer is still being sent, so this takes one of its own.
-        with db.session() as session:
-            for bad in session.scalars(query, execution_options={"yield_per": 1_000}):
+        with db.session() as own:
+            for bad in own.scalars(query, execution_options={"yield_per": 1_000}):
                 quoted = ['"' + text.replace('"', '""') + '"' for text in (bad.reason, bad.text)]
                 yield f"{bad.line},{','.join(quoted)}\n"
 
@@ -115,6 +128,7 @@ def add_up(session: Session) -> dict[str, tuple[int, int, int]]:
 def serve(listener: socket.socket) -> None:
     """Serve until told to stop, and offer to be killed: here, another is started."""
     app.post("/kill")(kill)
+    app.add_middleware(TrustedHostMiddleware, allowed_hosts=["127.0.0.1", "localhost"])  # no name that leads here
     pages.env.globals["is_restarted"] = True
     with suppress(KeyboardInterrupt):
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listener])

@@ -33,6 +33,7 @@ from aftercommit.errors import (
 )
 from aftercommit.events.handlers import Handlers, Handles, as_task_function, check_event_type
 from aftercommit.events.publishing import EventHandle, Unhandled, UnhandledSink, new_event
+from aftercommit.plain import indented
 from aftercommit.pools import Pools, PoolSettings
 from aftercommit.pools.budget import Share, shares
 from aftercommit.pools.pools import BOOKKEEPING, REQUEST
@@ -43,6 +44,7 @@ from aftercommit.pools.urls import flavours, identity, is_sqlite, render
 from aftercommit.pools.views import async_view_of, view_of
 from aftercommit.records import moves, pausing, schema
 from aftercommit.records.ids import uuid7
+from aftercommit.records.missing import explain_missing_table
 from aftercommit.runner import Outbox, Pace, Runner, TaskHandle, Wanted
 from aftercommit.runner.patience import in_the_end
 from aftercommit.runner.run import note_fault, stop_at_statement
@@ -53,6 +55,7 @@ from aftercommit.tasks import Retry, Task, TaskSettings, current_run
 from aftercommit.tasks import context as carried
 from aftercommit.tasks.definition import define, task_name
 from aftercommit.tasks.transient import Fault, describe, fault_of
+from aftercommit.wording import without_values
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -256,7 +259,7 @@ class Database:
         except Exception as exc:
             if fault_of(exc) is not Fault.CONNECTION:
                 raise
-            reason = str(getattr(exc, "orig", None) or exc).strip() or describe(exc)
+            reason = indented(str(without_values(getattr(exc, "orig", None) or exc)).strip()) or describe(exc)
             raise DatabaseUnavailable(
                 f"{render(self._pools.flavours.given)} cannot be reached: {reason}. Nothing was started, because "
                 "nobody would see that it cannot work. Start it again when the database answers; whatever supervises "
@@ -1004,6 +1007,7 @@ def _owner() -> Owner:
 def _note_fault(context: Any) -> None:
     note_fault(context)
     _note_batch_fault(context)
+    explain_missing_table(context)
     if fault_of(context.sqlalchemy_exception or context.original_exception) is Fault.STALE:
         # A primary no longer, or plans from before a migration: it answers, so the pool would hand it out for ever.
         context.is_disconnect = True

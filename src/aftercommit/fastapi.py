@@ -41,9 +41,11 @@ from starlette.responses import JSONResponse, Response
 
 from aftercommit.errors import ConfigurationError, HandOverError, PoolExhausted
 from aftercommit.events import EventHandle
+from aftercommit.plain import one_line
 from aftercommit.pools.pools import REQUEST
 from aftercommit.sessions import AsyncScope, Owner, Scope, line_of, serving, shielded
 from aftercommit.tasks.transient import Fault, fault_of, is_disconnect, met_in_commit
+from aftercommit.wording import without_values
 
 if TYPE_CHECKING:
     from fastapi.dependencies.models import Dependant
@@ -152,6 +154,7 @@ def install(
             if fastapi.__version__ == _LOSES_SCOPES:
                 _restore_scopes(route)
             _check(where, route.dependant)
+        _warn_of_blocking(app, db)
         for mount in _mounts(app.routes):
             # What its endpoints raise ends in the mounted application, which answers 500 to what it does not know.
             if isinstance(mounted := getattr(mount, "app", None), FastAPI):
@@ -217,7 +220,9 @@ def _answer_503(request: Request, error: Exception, detail: str) -> Response:
     if request.scope["type"] != "http":
         # Starlette comes here with WebSockets, too. One that was accepted knows no status: it ends as without us.
         raise error
-    logger.error("%s %s: %s", request.method, request.url.path, error)
+    # Our own texts have several lines; those of others are laid out by what leaves the values out.
+    told = str(without_values(error))
+    logger.error("%s %s: %s", one_line(request.method), one_line(request.url.path), told)
     return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "1"})
 
 
@@ -339,6 +344,23 @@ def _check_bound(where: str, session: Dependant, every: list[Dependant]) -> None
             )
 
 
+def _warn_of_blocking(app: FastAPI, db: Database) -> None:
+    """Tell of each ``async def`` that was given a Session of *db*: its statements would stop all other requests."""
+    sessions = _sync_sessions(app, db)
+    found: dict[str, None] = {}
+    for where, route in _routes(app.routes):
+        for each in _all_dependants(route.dependant):
+            is_async = inspect.iscoroutinefunction(each.call) or inspect.isasyncgenfunction(each.call)
+            if is_async and any(below.call in sessions for below in each.dependencies):
+                methods = ", ".join(sorted(getattr(route, "methods", None) or ()))
+                found[f"`async def {getattr(each.call, '__name__', each.call)}` of {methods} {where}"] = None
+    if found:
+        logger.warning(
+            "%s: an `async def` that is given a Session. Each of its statements blocks the event loop, and every other "
+            "request of this process with it. Write `def`, or take AsyncSessionDep", one_line("; ".join(found)),
+        )  # fmt: skip
+
+
 def _all_dependants(dependant: Dependant) -> list[Dependant]:
     return [dependant, *(each for below in dependant.dependencies for each in _all_dependants(below))]
 
@@ -346,15 +368,18 @@ def _all_dependants(dependant: Dependant) -> list[Dependant]:
 def _flavours_of(app: FastAPI, db: Database) -> set[Flavour]:
     """The flavours of the sessions of *db* that the endpoints of *app* ask for."""
     made: dict[str, Callable[..., Any]] = vars(db).get(_BY_DATABASE, {})
-    known: dict[Flavour, set[Any]] = {
-        "sync": {made.get("get_session_of")},
-        "async": {made.get("get_async_session_of")},
-    }
+    known: dict[Flavour, set[Any]] = {"sync": _sync_sessions(app, db), "async": {made.get("get_async_session_of")}}
     if getattr(app.router, _INSTALLED)[0] is db:
-        known["sync"].add(get_session)
         known["async"].add(get_async_session)
     used = {each.call for _, route in _routes(app.routes) for each in _all_dependants(route.dependant)} - {None}
     return {flavour for flavour, sessions in known.items() if used & sessions}
+
+
+def _sync_sessions(app: FastAPI, db: Database) -> set[Any]:
+    """The dependencies that give a Session of *db*."""
+    made: dict[str, Callable[..., Any]] = vars(db).get(_BY_DATABASE, {})
+    own = {get_session} if getattr(app.router, _INSTALLED)[0] is db else set()
+    return own | ({made["get_session_of"]} if "get_session_of" in made else set())
 
 
 def _route_of(connection: HTTPConnection) -> Any:
@@ -428,7 +453,7 @@ def _owner(connection: HTTPConnection) -> Owner:
     if connection.scope["type"] == "websocket":
         raise ConfigurationError(f"WebSocket {connection.scope['path']}: {_NOT_IN_WEBSOCKETS}")
     scope = connection.scope
-    return Owner(f"{scope['method']} {scope['path']}", line_of(scope.get("endpoint")), kind="request")
+    return Owner(one_line(f"{scope['method']} {scope['path']}"), line_of(scope.get("endpoint")), kind="request")
 
 
 def _enter(connection: HTTPConnection, db: Database, scope: Scope | AsyncScope) -> _Request:
@@ -476,7 +501,12 @@ def _finish_in_thread(scope: Scope, commit: bool) -> None:  # noqa: FBT001  # th
 
 @asynccontextmanager
 async def _serve(connection: HTTPConnection, db: Database, scope: Scope | AsyncScope) -> AsyncIterator[Any]:
-    request = _enter(connection, db, scope)
+    try:
+        request = _enter(connection, db, scope)
+    except BaseException:
+        # It was opened for nobody: dropped as it is, it would be told of as a leak.
+        await _finish(scope, commit=False)
+        raise
     handled = sys.exception()
     serving.set(scope.owner.name)
     try:

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from aftercommit.errors import ConfigurationError
+from aftercommit.wording import without_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -482,7 +483,9 @@ def emit(signal: Signal) -> None:
                 raise
             # The work that is being reported must not fail because somebody's counter did. Nor is it cancelled: a
             # subscriber awaits nothing, so that what it raises is its own.
-            logger.exception("A subscriber of %s raised: %r", kind.__name__, function)
+            logger.error(  # noqa: TRY400  # without values
+                "A subscriber of %s raised: %r", kind.__name__, function, exc_info=without_values(exc)
+            )
 
 
 def _functions(kind: type[Signal]) -> tuple[Callable[[Any], None], ...]:

@@ -146,6 +146,28 @@ def test_worker_runs_what_waits_and_stops_in_order(engine: Engine) -> None:
     assert states(engine) == {"double": "succeeded", "refuse": "failed"}
 
 
+def test_a_worker_that_knows_no_task_says_what_to_write(engine: Engine, tmp_path: Path) -> None:
+    """Once, as a warning, with the module that declares tasks where that can be guessed."""
+    assert run("schema", "--apply").returncode == 0
+    package = tmp_path / "bazaar"
+    package.mkdir()
+    (package / "__init__.py").touch()
+    (package / "database.py").write_text(
+        "import os\nfrom aftercommit import Database\ndb = Database(os.environ['SHOP_URL'])\n"
+    )
+    (package / "tasks.py").write_text("from bazaar.database import db\n@db.task\ndef send() -> None: ...\n")
+
+    with Worker("bazaar.database:db") as worker:
+        assert worker.stop() == 0
+    with Worker("bazaar.database:db", "--import", "bazaar.tasks") as told:
+        assert told.stop() == 0
+
+    (said,) = [line for line in worker.log if "knows no task" in line]
+    assert "WARNING" in said
+    assert "aftercommit worker bazaar.database:db --import bazaar.tasks" in said
+    assert not any("knows no task" in line for line in told.log)
+
+
 @pytest.mark.parametrize("finishes", [True, False])
 def test_a_second_signal_does_not_tear_the_stop_apart(engine: Engine, tmp_path: Path, finishes: bool) -> None:
     """SIGTERM twice while a task runs: it finishes within its grace, or is queued again as if it had never begun."""

@@ -519,8 +519,47 @@ def test_demo_started_by_hand_prints_its_address(tmp_path: Path):
     assert "Traceback" not in log.text
 
 
+@pytest.mark.parametrize("number", ["99999999999999999999", "9223372036854775808", "0", "-1", "7"])
+def test_what_is_not_there_is_not_found(demo_on: Server, number: str):
+    """A file's number may be any: beyond what the database counts with it is as little there as elsewhere."""
+    found = [httpx.get(f"{demo_on.url}/files/{number}{more}").status_code for more in ("", "/bad-lines.csv")]
+
+    assert found == [404, 404]
+
+
+ELSEWHERE: tuple[dict[str, str], ...] = (
+    {"Origin": "https://evil.example"},
+    {"Origin": "null"},
+    {"Origin": "http://127.0.0.1:1"},
+    {"Sec-Fetch-Site": "cross-site"},
+    {"Sec-Fetch-Site": "same-site"},
+    {"Host": "evil.example", "Origin": "http://evil.example", "Sec-Fetch-Site": "same-origin"},
+)
+
+
+def test_other_sites_neither_kill_nor_upload(tmp_path: Path):
+    """A page of somebody else's cannot use a visitor's browser to write here; the demo's own can, and so can curl."""
+    file = {"files": ("a.csv", COLUMNS)}
+    with started_by_hand(tmp_path, port=0) as (log, url):
+        refused = [
+            httpx.post(f"{url}{path}", headers=headers, files=file).status_code
+            for headers in ELSEWHERE
+            for path in ("/kill", "/files")
+        ]
+        own = httpx.post(f"{url}/files", headers={"Origin": url, "Sec-Fetch-Site": "same-origin"}, files=file)
+        by_hand = httpx.post(f"{url}/files", files={"files": ("a\0b.csv", COLUMNS)})
+        is_alive = "killed" not in log.text
+        killed = httpx.post(f"{url}/kill", headers={"Origin": url, "Sec-Fetch-Site": "same-origin"})
+        log.wait_for("The server was killed")
+        assert httpx.get(url, timeout=30).status_code == 200  # the next has started, and can be stopped in order
+
+    assert set(refused) <= {400, 403}
+    assert (own.status_code, by_hand.status_code, killed.status_code) == (303, 303, 204)
+    assert is_alive
+
+
 def test_demo_stays_small():
-    """The code that people copy stays under 340 lines of Python, blank ones aside."""
+    """The code that people copy stays under 345 lines of Python, blank ones aside."""
     lines = [line for path in DEMO.glob("*.py") for line in path.read_text().splitlines() if line.strip()]
 
-    assert len(lines) < 340
+    assert len(lines) < 345

@@ -1,5 +1,7 @@
 """How an application is put together: routers, overrides, scopes, lifespans, mounts, several databases."""
 
+import asyncio
+import gc
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -16,7 +18,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, sessionmaker
 from websockets.sync.client import connect
 
-from aftercommit import Database, TaskRecord
+from aftercommit import Database, TaskRecord, signals
 from aftercommit.errors import ConfigurationError
 from aftercommit.fastapi import (
     AfterCommit,
@@ -34,6 +36,7 @@ from aftercommit.fastapi import (
 from tests.acceptance.apps.orders import Base, Effect, Order
 from tests.support.databases import DatabaseUnderTest
 from tests.support.servers import serve
+from tests.support.workshop import Heard
 
 
 def new_database(url: str) -> Database:
@@ -325,6 +328,70 @@ def test_both_flavours_in_one_request_are_refused(db: Database, caplog: pytest.L
 
     assert response.status_code == 500
     assert "this request asks for a Session and an AsyncSession of the same database" in caplog.text
+
+
+@pytest.mark.parametrize("order", ["sync first", "async first"])
+def test_a_request_that_was_refused_a_second_session_leaks_none(db: Database, order: str):
+    """What was opened for the second one is ended, and not told of as a leak."""
+    app = FastAPI()
+    install(app, db)
+
+    if order == "sync first":
+
+        @app.get("/")
+        def endpoint(first: SessionDep, second: AsyncSessionDep) -> None: ...
+    else:
+
+        @app.get("/")
+        async def async_endpoint(first: AsyncSessionDep, second: SessionDep) -> None: ...
+
+    async def ask() -> int:
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://shop") as client:
+            return (await client.get("/")).status_code
+
+    with Heard(signals.SessionLeaked) as heard:
+        status = asyncio.run(ask())
+        gc.collect()
+
+    assert status == 500
+    assert heard.of(signals.SessionLeaked) == []
+
+
+def test_an_async_endpoint_with_a_sync_session_is_told_of_at_start_up(db: Database, caplog: pytest.LogCaptureFixture):
+    """One warning names the routes and the functions whose statements would block the loop, and no others."""
+    other = Database("sqlite:///nowhere.db")
+    app = FastAPI()
+    install(app, db)
+    router = APIRouter(prefix="/shop")
+
+    async def user(session: SessionDep) -> int:
+        return 1
+
+    @router.post("/orders")
+    async def blocking(session: SessionDep) -> None: ...
+
+    @app.get("/mine")
+    def below(number: Annotated[int, Depends(user)]) -> None: ...
+
+    @app.get("/def")
+    def plain(session: SessionDep) -> None: ...
+
+    @app.get("/async")
+    async def native(session: AsyncSessionDep, after_commit: AfterCommitDep) -> None: ...
+
+    @app.get("/other")
+    async def elsewhere(session: Annotated[Session, session_of(other)]) -> None: ...
+
+    app.include_router(router)
+
+    with serve(app):
+        pass
+
+    (said,) = [each.getMessage() for each in caplog.records if "blocks the event loop" in each.getMessage()]
+    assert "`async def blocking` of POST /shop/orders" in said
+    assert "`async def user` of GET /mine" in said
+    assert not any(name in said for name in ("plain", "native", "elsewhere"))
 
 
 def test_two_sessions_of_one_flavour_are_refused(db: Database, caplog: pytest.LogCaptureFixture):

@@ -51,7 +51,7 @@ OF_UNSAFE_ARGUMENT = {"AC101", "AC102", "AC105", "AC109"}
 BASES = {errors.AfterCommitError, errors.RunError}
 # Of CurrentRun, for the library's own use.
 INTERNAL = {
-    *("batches", "behind", "forget", "saw_conflict", "saw_unique", "stopped_by"),
+    *("batches", "behind", "forget", "saw_cancelled", "saw_conflict", "saw_unique", "stopped_by"),
     *("take_checkpoint", "take_progress"),
 }
 # What db.stats() is made of.

@@ -126,7 +126,7 @@ PLANTED: list[tuple[Callable[[], list[Any]], Level, str, str, str]] = [
         "aftercommit tasks cancel --db shop:db --state queued --task gone",
     ),
     (
-        lambda: [worker(names=()), task()], Level.WARNING, "names",
+        lambda: [worker(names=()), task()], Level.WRONG, "names",
         "knows the task 'effect'", "aftercommit worker shop:db",
     ),
     (

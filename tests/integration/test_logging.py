@@ -324,3 +324,33 @@ def test_what_a_middleware_binds_reaches_the_tasks_lines(sqlite_url: str, lines:
         heard.wait(signals.TaskSucceeded, count=3)
 
     assert sorted(seen) == [("native", "r2", "acme"), ("plain", "r1", "acme"), ("plain", "r3", "acme")]
+
+
+# --- the pools --------------------------------------------------------------------------------------------------
+
+
+def test_pools_log_where_sqlalchemys_do(shop: Workshop):
+    """Each check-out is a line of ``sqlalchemy.pool``, which has a switch of its own, and none of ours."""
+    lines = Lines()
+    root, theirs = logging.getLogger(), logging.getLogger("sqlalchemy.pool")
+    levels = root.level, theirs.level
+    root.addHandler(lines)
+    root.setLevel(logging.DEBUG)
+    try:
+        with shop.running():
+            shop.commit(lambda session: session.connection())
+            quiet = [record for record, _ in lines.seen if "pool" in record.name and "returned" in record.getMessage()]
+            theirs.setLevel(logging.DEBUG)
+        other = Database(shop.under_test.sync_url)
+        with other.session() as session:
+            session.connection()
+        other.dispose()
+    finally:
+        root.removeHandler(lines)
+        root.setLevel(levels[0])
+        theirs.setLevel(levels[1])
+
+    names = {record.name for record, _ in lines.seen}
+    assert quiet == []
+    assert not any(name.startswith("aftercommit.pools.") for name in names), names
+    assert "sqlalchemy.pool.impl.QueuePool" in names

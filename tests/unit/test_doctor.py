@@ -294,7 +294,7 @@ def test_names_are_written_as_the_shell_reads_them():
     typed = [line for each in bad(check_work(census)) for line in each.remedy]
 
     assert "aftercommit pools resume 'my files' --db shop:db" in typed
-    assert "aftercommit tasks cancel --db shop:db --state queued --task 'send mail'" in typed
+    assert any("aftercommit tasks cancel --db shop:db --state queued --task 'send mail'  " in each for each in typed)
 
 
 KEEPALIVES = {"tcp_keepalives_idle": "7200", "tcp_keepalives_interval": "75", "tcp_keepalives_count": "9"}

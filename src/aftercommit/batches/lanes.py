@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from aftercommit.batches.report import MAX_FAILURES_KEPT
+from aftercommit.wording import told
 
 if TYPE_CHECKING:
     from aftercommit.batches.chunks import Settled
@@ -45,8 +46,7 @@ class Lane:
 
 
 def _stored(key: Any, error: BaseException, source: Source | None) -> list[Any]:
-    line = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:300]
-    line = line.encode("utf-8", "backslashreplace").decode().replace("\0", "\\0")
+    line = told(error)[:300]
     if source is not None and source.codec is not None:
         return [source.codec.write(key if isinstance(key, tuple) else (key,)), line]
     if key is None or isinstance(key, (int, float, bool)):

@@ -16,4 +16,9 @@ def main() -> None:
         sys.exit("The command needs two more packages: pip install 'aftercommit[cli]'")
     from aftercommit.cli.commands import app
 
-    app()
+    try:
+        app()
+    except Exception as exc:  # noqa: BLE001  # of ours or of the application's; Python would print it with its values
+        from aftercommit.wording import told_fully
+
+        sys.exit(told_fully(exc))

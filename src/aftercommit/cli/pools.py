@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from sqlalchemy import case, func, select
 
 from aftercommit.cli.target import DatabaseOption, fail, in_session, load
+from aftercommit.plain import json_text, one_line
 from aftercommit.records import pausing
 from aftercommit.records.tables import PoolState, TaskRecord, WorkerRecord
 
@@ -33,13 +34,15 @@ def list_(
     names = [name for name in database.pool_settings if name != "request"]
     rows = in_session(database, lambda session: _look(session, names))
     if as_json:
-        typer.echo(json.dumps(rows, indent=2))
+        typer.echo(json_text(rows))
         return
     table = Table("pool", "state", "queued", "running", "failed", "workers", box=None, header_style="bold")
     for row in rows:
-        state = "[yellow]paused[/]" if row["paused"] else "open"
-        workers = str(row["workers"]) if row["workers"] else "[red]none[/]"
-        table.add_row(row["pool"], state, str(row["queued"]), str(row["running"]), str(row["failed"]), workers)
+        state = Text("paused", "yellow") if row["paused"] else Text("open")
+        workers = Text(str(row["workers"])) if row["workers"] else Text("none", "red")
+        table.add_row(
+            Text(one_line(row["pool"])), state, str(row["queued"]), str(row["running"]), str(row["failed"]), workers
+        )
     Console().print(table)
 
 

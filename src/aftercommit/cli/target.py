@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import importlib
+import importlib.util
 import os
 import sys
-import traceback
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
@@ -15,7 +15,9 @@ from sqlalchemy.orm import Session
 
 from aftercommit.database import Database
 from aftercommit.errors import AfterCommitError
+from aftercommit.plain import several_lines
 from aftercommit.pools.pools import REQUEST
+from aftercommit.wording import told, told_fully
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-__all__ = ["DatabaseOption", "fail", "import_module", "in_autocommit", "in_session", "load"]
+__all__ = ["DatabaseOption", "fail", "import_module", "in_autocommit", "in_session", "load", "option_for_tasks"]
 
 T = TypeVar("T")
 
@@ -35,7 +37,7 @@ DatabaseOption = Annotated[
 
 def fail(message: str) -> typer.Exit:
     """Say what is wrong; raise what this returns."""
-    typer.secho(message, fg=typer.colors.RED, err=True)
+    typer.secho(several_lines(message), fg=typer.colors.RED, err=True)
     return typer.Exit(2)
 
 
@@ -79,8 +81,23 @@ def import_module(module: str) -> ModuleType:
     except Exception as exc:
         if isinstance(exc, ModuleNotFoundError) and exc.name is not None and f"{module}.".startswith(f"{exc.name}."):
             raise fail(f"There is no module {exc.name!r} here. Run the command in the application's folder.") from exc
-        traceback.print_exc()
+        typer.echo(told_fully(exc), err=True)
         raise fail(f"The module {module!r} cannot be imported, and says why above.") from exc
+
+
+def option_for_tasks(target: str) -> str:
+    """Return the option for a command that should know the tasks of an application, as well as that can be guessed.
+
+    Args:
+        target: The ``Database``, as ``module:name``.
+    """
+    package = target.partition(":")[0].rpartition(".")[0]
+    guess = f"{package}.tasks" if package else "tasks"
+    try:
+        is_there = importlib.util.find_spec(guess) is not None
+    except (ImportError, ValueError):
+        is_there = False
+    return f"--import {guess if is_there else 'MODULE'}"
 
 
 def in_session(db: Database, work: Callable[[Session], T]) -> T:
@@ -130,6 +147,6 @@ def _run(db: Database, call: Callable[[], Coroutine[Any, Any, T]]) -> T:
     except AfterCommitError as exc:
         raise fail(str(exc)) from exc
     except SQLAlchemyError as exc:
-        text = str(exc.__cause__ or exc).strip()
+        text = told(exc)
         hint = " Run `aftercommit schema --apply` first." if "aftercommit_" in text else ""
         raise fail(f"{db!r}: {text}{hint}") from exc

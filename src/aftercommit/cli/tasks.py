@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import re
 from datetime import UTC, datetime, timedelta
+from textwrap import indent
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 from sqlalchemy import Select, func, select
 
 from aftercommit import signals
 from aftercommit.cli.target import DatabaseOption, fail, in_session, load
+from aftercommit.plain import json_text, one_line, several_lines
 from aftercommit.records import moves
 from aftercommit.records.tables import TaskRecord
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from sqlalchemy import Connection
     from sqlalchemy.orm import Session
@@ -28,7 +29,12 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True)
 
 _STATES = ("queued", "running", "succeeded", "failed", "cancelled")
-_WIDTHS = {"id": 36, "state": 9, "tries": 5}
+_WIDTHS = {"id": 36, "task": 12, "pool": 7, "state": 9, "tries": 5, "done": 5, "age": 4, "error": 20}
+"""The columns, in their order, and the characters that each needs to be of use."""
+
+_FIRST = ("id", "state", "task", "tries", "age", "pool", "error", "done")
+"""What is shown first where there is not room for all: `tasks show` has the error whole."""
+
 _COLOURS = {"queued": "cyan", "running": "yellow", "succeeded": "green", "failed": "red", "cancelled": "dim"}
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
 
@@ -64,19 +70,19 @@ def list_(  # noqa: PLR0917  # options of a command
     if as_json:
         _print_json(rows)
         return
-    table = Table(box=None, header_style="bold")
-    for name in ("id", "task", "pool", "state", "tries", "done", "age", "error"):
-        # On a narrow terminal the error gives way first: `tasks show` has it whole.
-        table.add_column(name, no_wrap=True, overflow="ellipsis", min_width=_WIDTHS.get(name))
-    for row in rows:
-        table.add_row(
-            row["id"], row["task"], row["pool"], f"[{_COLOURS[row['state']]}]{row['state']}[/]",
-            f"{row['attempt']}/{row['max_attempts']}", _progress(row), _ago(row["enqueued_at"]),
-            escape(row["error"] or ""),
-        )  # fmt: skip
-    console = Console()
+    console = Console(highlight=False)
+    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
+    lines = [_cells(row) for row in rows]
+    longest = {name: max([len(name), *(line[name].cell_len for line in lines)]) for name in _WIDTHS}
+    names = _that_fit(console.width, longest)
+    for name, width in names.items():
+        table.add_column(name, no_wrap=True, overflow="ellipsis", width=width)
+    for line in lines:
+        table.add_row(*(line[name] for name in names))
     console.print(table)
-    console.print(f"[dim]{len(rows)} of {total}[/]")
+    left_out = [name for name in _WIDTHS if name not in names]
+    more = f"; a wider terminal has room for {', '.join(left_out)}" if left_out else ""
+    console.print(Text(f"{len(rows)} of {total}{more}", "dim"), soft_wrap=True)
 
 
 @app.command()
@@ -97,20 +103,22 @@ def show(
     if as_json:
         _print_json(facts)
         return
-    console = Console()
+    console = Console(highlight=False)
     table = Table(box=None, show_header=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in facts.items():
         if name not in ("traceback", "errors") and value is not None:
-            text = value if isinstance(value, str) else json.dumps(value, indent=2, ensure_ascii=False)
-            table.add_row(name, escape(text))
+            table.add_row(name, Text(one_line(value) if isinstance(value, str) else json_text(value)))
     console.print(table)
-    for entry in facts["errors"] or []:
-        console.print(f"\n[bold]Attempt {entry['attempt']}[/], {entry['at']}: [red]{escape(entry['error'])}[/]")
+    errors = facts["errors"]
+    for entry in errors if isinstance(errors, list) else []:
+        attempt, at, error = (one_line(str(dict(entry).get(name))) for name in ("attempt", "at", "error"))
+        console.print(Text.assemble((f"\nAttempt {attempt}", "bold"), f", {at}: ", (error, "red")), soft_wrap=True)
     if facts["traceback"]:
         console.print()
-        console.print(facts["traceback"], markup=False, highlight=False)
+        # A margin, so that none of its lines can be taken for one of ours.
+        console.print(Text(indent(several_lines(facts["traceback"]), "  ")), soft_wrap=True)
 
 
 @app.command()
@@ -234,7 +242,39 @@ def _json_ready(value: Any) -> Any:
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+    typer.echo(json_text(value))
+
+
+def _cells(row: dict[str, Any]) -> dict[str, Text]:
+    return {
+        **{name: Text(one_line(str(row[name] or ""))) for name in ("id", "task", "pool", "error")},
+        "state": Text(one_line(row["state"]), _COLOURS.get(row["state"], "")),
+        "tries": Text(f"{row['attempt']}/{row['max_attempts']}"),
+        "done": Text(_progress(row)),
+        "age": Text(_ago(row["enqueued_at"])),
+    }
+
+
+def _that_fit(width: int, longest: Mapping[str, int]) -> dict[str, int]:
+    """Return the columns that a terminal has room for, in their order, and how wide each may be.
+
+    Args:
+        width: The terminal's.
+        longest: What stands in each column.
+    """
+    room = width
+    given: dict[str, int] = {}
+    for name in _FIRST:
+        least = min(_WIDTHS[name], longest[name]) + 1  # and the space behind it
+        if least > room and name not in _FIRST[:2]:
+            break
+        given[name] = least - 1
+        room -= least
+    for name, least in given.items():
+        more = max(0, min(room, longest[name] - least))
+        given[name] = least + more
+        room -= more
+    return {name: given[name] for name in _WIDTHS if name in given}
 
 
 def _progress(row: dict[str, Any]) -> str:
@@ -245,7 +285,10 @@ def _progress(row: dict[str, Any]) -> str:
 
 
 def _ago(moment: str) -> str:
-    seconds = (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
+    try:
+        seconds = (datetime.now(UTC) - datetime.fromisoformat(moment)).total_seconds()
+    except (ValueError, TypeError):  # written by hand
+        return "?"
     for unit, size in (("d", 86400), ("h", 3600), ("m", 60)):
         if seconds >= size:
             return f"{seconds / size:.0f}{unit}"

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from aftercommit.cli.target import DatabaseOption, fail, import_module, load
+from aftercommit.cli.target import DatabaseOption, fail, import_module, load, option_for_tasks
 from aftercommit.errors import AfterCommitError
+from aftercommit.plain import one_line
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -49,13 +50,19 @@ def worker(  # noqa: PLR0917  # options of a command
     chosen = None if pools is None else tuple(name.strip() for name in pools.split(",") if name.strip())
     try:
         with asyncio.Runner() as runner:
-            runner.run(_serve(database, chosen, grace, processes, strict=strict))
+            runner.run(_serve(database, str(target or db), chosen, grace, processes, strict=strict))
     except AfterCommitError as exc:
         raise fail(str(exc)) from exc
 
 
 async def _serve(
-    db: Database, pools: tuple[str, ...] | None, grace: float, processes: int | None, *, strict: bool
+    db: Database,
+    where: str,
+    pools: tuple[str, ...] | None,
+    grace: float,
+    processes: int | None,
+    *,
+    strict: bool,
 ) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -69,7 +76,15 @@ async def _serve(
             if runner is None:
                 raise fail("There is nothing to run: no pool was chosen (--pools, or AFTERCOMMIT_RUNS).")
             names = sorted(name for name, task in db.tasks.items() if task.settings.pool in runner.lanes)
-            logger.info("Worker %s runs %s: %s", runner.id, ", ".join(runner.lanes), ", ".join(names) or "no tasks")
+            pools_run = one_line(", ".join(runner.lanes))
+            if names:
+                logger.info("Worker %s runs %s: %s", runner.id, pools_run, one_line(", ".join(names)))
+            else:
+                logger.warning(
+                    "Worker %s runs %s, and knows no task of them: what waits there goes on waiting. A worker knows "
+                    "what the modules that it imports declare; name those that %s does not import: aftercommit worker "
+                    "%s %s", runner.id, pools_run, where.partition(":")[0], where, option_for_tasks(where),
+                )  # fmt: skip
             await stop.wait()
             logger.info("Stopping: tasks that run have %.0f s to finish", grace)
     finally:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from aftercommit.records import happenings
 from aftercommit.records.happenings import NewEvent
 from aftercommit.records.ids import uuid7
+from aftercommit.runner import TaskHandle
 from aftercommit.tasks.options import check_key
 
 if TYPE_CHECKING:
@@ -14,8 +15,6 @@ if TYPE_CHECKING:
     from uuid import UUID
 
     from sqlalchemy import Connection
-
-    from aftercommit.runner import TaskHandle
 
 __all__ = ["EventHandle", "Unhandled", "UnhandledSink", "new_event"]
 
@@ -33,6 +32,9 @@ class EventHandle:
     def __init__(self, id: UUID, tasks: Mapping[str, TaskHandle]) -> None:
         self.id = id
         self.tasks = dict(tasks)
+
+    if not TYPE_CHECKING:
+        __await__ = TaskHandle.__await__
 
     def __repr__(self) -> str:
         """Its id and who handles it."""

@@ -17,6 +17,7 @@ import logging
 from aftercommit import signals
 from aftercommit.tasks.context import carry
 from aftercommit.tasks.current import current_run
+from aftercommit.wording import told, without_values
 
 __all__ = ["TaskContextFilter", "carry", "log_signals"]
 
@@ -56,18 +57,20 @@ def log_signals() -> None:
 
 def _failed(signal: signals.TaskFailed) -> None:
     logger.error(
-        "Task %r (%s, attempt %d) failed for good after %.3f s: %s: %s",
-        signal.task, signal.id, signal.attempt, signal.seconds, type(signal.error).__name__, signal.error,
-        exc_info=signal.error, extra=_extra(signal),
+        "Task %r (%s, attempt %d) failed for good after %.3f s: %s",
+        signal.task, signal.id, signal.attempt, signal.seconds, told(signal.error),
+        exc_info=without_values(signal.error), extra=_extra(signal),
     )  # fmt: skip
 
 
 def _retried(signal: signals.TaskRetried) -> None:
     # A repeat in place after a conflict is how exact results come about, and no news.
     level = logging.DEBUG if signal.in_place else logging.WARNING
+    if not logger.isEnabledFor(level):
+        return
     logger.log(
-        level, "Task %r (%s, attempt %d) will be tried again in %.3f s: %s: %s",
-        signal.task, signal.id, signal.attempt, signal.delay, type(signal.error).__name__, signal.error,
+        level, "Task %r (%s, attempt %d) will be tried again in %.3f s: %s",
+        signal.task, signal.id, signal.attempt, signal.delay, told(signal.error),
         extra=_extra(signal),
     )  # fmt: skip
 

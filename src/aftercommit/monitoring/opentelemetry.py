@@ -27,6 +27,7 @@ from aftercommit.errors import ConfigurationError
 from aftercommit.monitoring.opentelemetry_pools import BUCKETS, PoolMetrics
 from aftercommit.runner.around import Seen, unwatch, watch
 from aftercommit.tasks.context import hand_over_in
+from aftercommit.wording import told, without_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -109,8 +110,9 @@ class _Processing:
         kind = _type_of(error)
         self.attributes[_ERROR] = kind
         self.span.set_attribute(_ERROR, kind)
-        self.span.record_exception(error)
-        self.span.set_status(Status(StatusCode.ERROR, f"{type(error).__name__}: {error}"))
+        # Not the error itself: the exporter would send the values in it.
+        self.span.record_exception(without_values(error))
+        self.span.set_status(Status(StatusCode.ERROR, told(error)))
 
 
 class _Instrumentation:
@@ -249,7 +251,7 @@ class _Instrumentation:
                 "repeat",
                 {
                     "exception.type": _type_of(signal.error),
-                    "exception.message": str(signal.error),
+                    "exception.message": str(without_values(signal.error)),
                     _ATTEMPT: signal.attempt,
                 },
             )

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools.turns import Held, take_turn
 from aftercommit.watch.holders import note_lock
+from aftercommit.wording import without_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -212,8 +213,8 @@ class GatedConnection(sqlite3.Connection):
                     if isinstance(each, sqlite3.Cursor):
                         sqlite3.Cursor.close(each)
                 _end(self)
-        except sqlite3.Error:
-            logger.debug("A connection that was taken could not be rolled back yet", exc_info=True)
+        except sqlite3.Error as exc:
+            logger.debug("A connection that was taken could not be rolled back yet", exc_info=without_values(exc))
             return
         self._is_over = True
         self.turn = None
@@ -261,8 +262,8 @@ class PlainTaking:
     def _end(self) -> None:
         try:
             _end(self._connection)
-        except sqlite3.Error:
-            logger.debug("A connection could not be taken", exc_info=True)
+        except sqlite3.Error as exc:
+            logger.debug("A connection could not be taken", exc_info=without_values(exc))
 
 
 def _end(connection: sqlite3.Connection) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import Connection
 
 from aftercommit.pools import sqlite
+from aftercommit.wording import without_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -83,8 +84,8 @@ def take(connection: Connection | None) -> Callable[[], bool]:
         if taking is not None:
             taking.take()
         connection.detach()
-    except Exception:  # whatever state it is in, the run is fenced off anyway
-        logger.debug("The connection of a run that hangs could not be taken", exc_info=True)
+    except Exception as exc:  # whatever state it is in, the run is fenced off anyway
+        logger.debug("The connection of a run that hangs could not be taken", exc_info=without_values(exc))
         return _nothing
     else:
         return _nothing if taking is None else taking.take

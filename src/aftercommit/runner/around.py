@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aftercommit.tasks.context import restored
+from aftercommit.wording import without_values
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -76,9 +77,9 @@ class around:  # noqa: N801  # reads as a preposition where it is used: `with ar
             for watcher in _watchers:
                 try:
                     self._watched.enter_context(watcher(self._run))
-                except Exception:
+                except Exception as exc:
                     # The work that is being watched must not fail because somebody's exporter did.
-                    logger.exception("A watcher of runs raised: %r", watcher)
+                    logger.error("A watcher of runs raised: %r", watcher, exc_info=without_values(exc))  # noqa: TRY400
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
@@ -87,7 +88,7 @@ class around:  # noqa: N801  # reads as a preposition where it is used: `with ar
         try:
             if self._watched is not None:
                 self._watched.__exit__(kind, error, traceback)
-        except Exception:
-            logger.exception("A watcher of runs raised at their end")
+        except Exception as exc:
+            logger.error("A watcher of runs raised at their end", exc_info=without_values(exc))  # noqa: TRY400
         finally:
             self._restored.__exit__(kind, error, traceback)

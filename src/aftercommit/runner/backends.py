@@ -11,6 +11,7 @@ from sqlalchemy.exc import DBAPIError
 from aftercommit.pools.backends import identify, pid_told_to
 from aftercommit.records import backends
 from aftercommit.tasks.transient import is_disconnect
+from aftercommit.wording import told, without_values
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -78,7 +79,7 @@ class Backends:
                 raise
             # Heartbeats and claims do not depend on it.
             self._next_look = time.monotonic() + _RETRY_SECONDS
-            logger.debug("The worker could not list its server processes", exc_info=True)
+            logger.debug("The worker could not list its server processes", exc_info=without_values(exc))
 
     def _write(self, connection: Connection) -> list[tuple[int, int]]:
         # Noted inside: the connection that asks may have been made for this.
@@ -107,7 +108,7 @@ class Backends:
             if is_disconnect(exc):
                 raise
             # Their tasks are rescued all the same.
-            logger.warning("The server processes of silent workers could not be ended: %s", exc)
+            logger.warning("The server processes of silent workers could not be ended: %s", told(exc))
             return False
         for worker, count in found.ended.items():
             logger.warning("Worker %s has gone silent: %d of its server processes were told to end", worker, count)

@@ -20,6 +20,7 @@ from aftercommit.pools.pools import BOOKKEEPING, Pool
 from aftercommit.pools.sqlite import AUTOCOMMIT, be_impatient
 from aftercommit.pools.views import LEVEL, async_view_of, view_of
 from aftercommit.tasks.transient import is_disconnect
+from aftercommit.wording import without_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -256,9 +257,11 @@ class Bookkeeper:
             return _LONG
         try:
             return self._round()
-        except Exception:
+        except Exception as exc:
             # The thread is what keeps the worker alive for others: whatever it was, it must not end it.
-            logger.exception("A round of the bookkeeping failed; it is made again in a second")
+            logger.error(  # noqa: TRY400  # without values
+                "A round of the bookkeeping failed; it is made again in a second", exc_info=without_values(exc)
+            )
             return 1.0
 
     def _open(self) -> None:
@@ -297,8 +300,8 @@ class Bookkeeper:
                 self._loop.close()
             else:
                 self._engine.dispose()
-        except Exception:  # the connection may be gone, and so are we
-            logger.debug("The bookkeeping connection could not be closed", exc_info=True)
+        except Exception as exc:  # the connection may be gone, and so are we
+            logger.debug("The bookkeeping connection could not be closed", exc_info=without_values(exc))
         with self._wake:
             self._ended = True
             for _work, future in self._jobs:

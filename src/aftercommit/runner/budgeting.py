@@ -11,6 +11,7 @@ from aftercommit.errors import ConfigurationError, PoolBudgetError
 from aftercommit.pools.budget import Budget, Limits, Share
 from aftercommit.pools.urls import render
 from aftercommit.records import census, server
+from aftercommit.wording import told
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Sequence
@@ -76,7 +77,7 @@ async def check_budget(
     try:
         limits, live = await home.async_call_anyhow(look)
     except Exception as exc:  # noqa: BLE001  # whatever it was, the application can do without this answer
-        logger.warning("The server did not say how many connections it allows, so they were not counted: %s", exc)
+        logger.warning("The server did not say how many connections it allows, so they were not counted: %s", told(exc))
         return
     counted = processes or max(others(live) + 1, expected_processes())
     budget = Budget(shares=home.shares(runs), processes=counted, limits=limits)

@@ -10,6 +10,8 @@ import time
 from collections import deque
 from typing import TYPE_CHECKING, Final
 
+from aftercommit.wording import without_values
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -369,9 +371,12 @@ class Lane:
         """Run one, and hand the thread its next: between two tasks there is no detour over the event loop."""
         try:
             self._work_sync(run)
-        except BaseException:
+        except BaseException as exc:
             # Whatever it was, it has been recorded as far as that was possible; the thread and its place go on.
-            logger.exception("The run of task %r (%s) ended in an error of the library", run.name, run.id)
+            logger.error(  # noqa: TRY400  # without values
+                "The run of task %r (%s) ended in an error of the library", run.name, run.id,
+                exc_info=without_values(exc),
+            )  # fmt: skip
         if run.is_taken_over:
             # It hung, its place went to others long ago, and so did its thread's.
             return None

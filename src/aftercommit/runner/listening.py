@@ -19,6 +19,7 @@ from aftercommit.pools import network
 from aftercommit.pools.options import connect_args, engine_url
 from aftercommit.records import notifying
 from aftercommit.runner.bookkeeper import Bookkeeper
+from aftercommit.wording import told, without_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Mapping
@@ -98,8 +99,8 @@ class Herald:
         if due == 0.0:
             try:
                 self.send()
-            except Exception:
-                logger.debug("Other processes could not be told; they will poll", exc_info=True)
+            except Exception as exc:  # whatever it was, they will find it
+                logger.debug("Other processes could not be told; they will poll", exc_info=without_values(exc))
             due = self.due()
         return 3600.0 if due is None else due
 
@@ -158,7 +159,7 @@ class Listener:
             except Exception as exc:  # noqa: BLE001  # whatever it was, polling goes on, and so does this
                 logger.log(
                     logging.INFO if self.is_trusted else logging.DEBUG,
-                    "Listening to other processes was cut off (%s: %s); polling goes on", type(exc).__name__, exc,
+                    "Listening to other processes was cut off (%s); polling goes on", told(exc),
                 )  # fmt: skip
             finally:
                 await engine.dispose()

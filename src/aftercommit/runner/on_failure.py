@@ -27,7 +27,8 @@ from aftercommit.errors import LostClaim
 from aftercommit.tasks.context import logged
 from aftercommit.tasks.current import as_current
 from aftercommit.tasks.retry import Again, GiveUp, Retry, Tries, decide
-from aftercommit.tasks.transient import Fault, describe, fault_of, is_cancelled
+from aftercommit.tasks.transient import Fault, fault_of, is_cancelled
+from aftercommit.wording import told, without_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -188,19 +189,24 @@ class OnFailure:
     def _note(self, error: BaseException) -> None:
         """Say beside the failure, and in the log, how ``on_failure`` ended."""
         run = self._run
-        # What a database says may hold bound values.
-        is_own = fault_of(error) is Fault.APPLICATION
-        text = f"{type(error).__name__}: {error}" if is_own else describe(error)
+        text = told(error)
         if self._was_called:
             self._failure.add_note(f"on_failure raised, too, and what it wrote was rolled back: {text}")
-            logger.error("on_failure of task %r (%s) raised", run.name, run.id, exc_info=error)
+            logger.error("on_failure of task %r (%s) raised", run.name, run.id, exc_info=without_values(error))
         else:
             self._failure.add_note(f"on_failure could not be called: {text}")
-            logger.error("on_failure of task %r (%s) could not be called", run.name, run.id, exc_info=error)
+            logger.error(
+                "on_failure of task %r (%s) could not be called", run.name, run.id, exc_info=without_values(error)
+            )
 
 
 def note_leaving(owner: object, error: Exception) -> None:
     """Log that a session could not be closed; what the run came to is known by then."""
     # A connection that cannot even be closed is gone anyway.
     known = isinstance(error, (SQLAlchemyError, OSError))
-    logger.log(logging.DEBUG if known else logging.ERROR, "Closing the session of %s failed", owner, exc_info=error)
+    logger.log(
+        logging.DEBUG if known else logging.ERROR,
+        "Closing the session of %s failed",
+        owner,
+        exc_info=without_values(error),
+    )

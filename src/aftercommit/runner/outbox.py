@@ -12,7 +12,7 @@ from sqlalchemy.exc import DBAPIError
 
 from aftercommit import signals
 from aftercommit.commits import autocommits, simulates_commits
-from aftercommit.errors import ConfigurationError, SchemaError, TasksNotCommitted
+from aftercommit.errors import ConfigurationError, HandOverError, SchemaError, TasksNotCommitted
 from aftercommit.records import happenings, writing
 from aftercommit.records.moves import Claim
 from aftercommit.runner.run import Run
@@ -47,6 +47,20 @@ class TaskHandle:
     def __init__(self, id: UUID) -> None:
         self.id = id
         self.created: bool | None = None
+
+    if not TYPE_CHECKING:  # a type checker finds the `await` itself
+
+        def __await__(self) -> None:
+            """Refuse: there is nothing to wait for, and a task has not even started before the commit.
+
+            Raises:
+                HandOverError: Always.
+            """
+            raise HandOverError(
+                "A hand-over is not awaited: after_commit(…) and publish(…) do nothing but note what is to be written "
+                "at the commit, and return at once. Leave out the `await`. What became of the task stands in its "
+                "record: session.get(TaskRecord, handle.id)."
+            )
 
     def __repr__(self) -> str:
         """Its id, and whether it was written."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 from sqlalchemy.exc import DBAPIError
 
 from aftercommit.tasks.transient import Fault, fault_of
+from aftercommit.wording import told
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -42,4 +43,6 @@ async def in_the_end(work: Callable[[], Awaitable[T]]) -> T:
                 raise
             if waited > _TOLD_AFTER and not is_told:
                 is_told = True
-                logger.warning("The start has waited for %.0f s for others to release the database: %s", waited, exc)
+                logger.warning(
+                    "The start has waited for %.0f s for others to release the database: %s", waited, told(exc)
+                )

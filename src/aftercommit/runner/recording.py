@@ -34,6 +34,7 @@ from aftercommit.runner.outcome import (
 from aftercommit.runner.run import Run, failure_of, now
 from aftercommit.tasks.retry import Again, GiveUp
 from aftercommit.tasks.transient import Fault, fault_of
+from aftercommit.wording import without_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -267,9 +268,10 @@ class _Recording:
     def _leave(self, error: BaseException | None) -> NoReturn:
         run = self._run
         self._context.leave(run)
+        shown = None if error is None or isinstance(error, BooksClosed) else without_values(error)
         logger.error(
             "The end of task %r (%s, attempt %d) could not be recorded; it will be queued again",
-            run.name, run.id, run.attempt, exc_info=None if isinstance(error, BooksClosed) else error,
+            run.name, run.id, run.attempt, exc_info=shown,
         )  # fmt: skip
         raise _LeftBehind from error
 

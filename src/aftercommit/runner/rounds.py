@@ -22,6 +22,7 @@ from aftercommit.runner.lanes import STUCK_SECONDS
 from aftercommit.runner.run import Run
 from aftercommit.tasks.transient import Fault, fault_of
 from aftercommit.watch.loop_monitor import line_on_loop
+from aftercommit.wording import without_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -225,8 +226,8 @@ class Rounds:
             return
         try:
             self._renew()
-        except Exception:  # the heartbeat itself, which follows, finds the same, and tells of it
-            logger.debug("The worker's row could not be renewed between two jobs", exc_info=True)
+        except Exception as exc:  # the heartbeat itself, which follows, finds the same, and tells of it
+            logger.debug("The worker's row could not be renewed between two jobs", exc_info=without_values(exc))
 
     def _renew(self) -> bool:
         runner = self._runner
@@ -253,7 +254,10 @@ class Rounds:
         if not self._is_down:
             self._is_down = True
             self._down_since = time.monotonic()
-            logger.error("The bookkeeping cannot work on the database; it tries again until it can", exc_info=error)
+            logger.error(
+                "The bookkeeping cannot work on the database; it tries again until it can",
+                exc_info=without_values(error),
+            )
             signals.emit(signals.DatabaseDown(error=error))
 
     def _note_up(self) -> None:

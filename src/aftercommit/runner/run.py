@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import traceback
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -26,6 +25,7 @@ from aftercommit.sessions import Owner
 from aftercommit.tasks.current import CurrentRun, current_run
 from aftercommit.tasks.retry import Tries
 from aftercommit.tasks.transient import Fault, cancels_ours, fault_of
+from aftercommit.wording import told, told_fully
 
 if TYPE_CHECKING:
     import asyncio
@@ -336,12 +336,8 @@ class Run:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """What the record keeps of *error*; SQLAlchemy leaves bound values out, because our engines hide them."""
-    line = "".join(traceback.format_exception_only(error)).strip().splitlines()
-    return Failure(
-        error=(line[0] if line else type(error).__name__)[:1000],
-        traceback="".join(traceback.format_exception(error))[-20_000:],
-    )
+    """What the record keeps of *error*: no values, neither bound ones nor those in the messages of databases."""
+    return Failure(error=told(error), traceback=told_fully(error))
 
 
 def now() -> str:

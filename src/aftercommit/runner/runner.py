@@ -31,6 +31,7 @@ from aftercommit.runner.rounds import OVERRUN_SECONDS, Pace, Rounds, is_lost
 from aftercommit.runner.run import Run, failure_of, now
 from aftercommit.runner.shells import run_async, run_sync
 from aftercommit.tasks.transient import Fault, fault_of
+from aftercommit.wording import told, without_values
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -223,7 +224,7 @@ class Runner:
         try:
             await self._write_patiently(leave)
         except Exception as exc:  # noqa: BLE001  # others see by its silence what it could not say
-            logger.warning("The worker could not sign off; it will be seen as silent: %s", exc)
+            logger.warning("The worker could not sign off; it will be seen as silent: %s", told(exc))
 
     def _stop_threads(self) -> None:
         for lane in self.lanes.values():
@@ -255,7 +256,7 @@ class Runner:
         try:
             await self._write_patiently(write)
         except Exception as exc:  # noqa: BLE001  # the database itself may be what is failing
-            logger.warning("%d task(s) could not be given back; they will be rescued: %s", len(mine), exc)
+            logger.warning("%d task(s) could not be given back; they will be rescued: %s", len(mine), told(exc))
             return 0
         for run in mine:
             self._let_go(run)
@@ -347,9 +348,12 @@ class Runner:
         try:
             if lane.submit(run, reserved=reserved):
                 return True
-        except RuntimeError:
+        except RuntimeError as exc:
             # No thread can be started, or the loop is closed. The commit that brought us here is done, and right.
-            logger.exception("Task %r (%s) could not be started here; it is queued again", run.name, run.id)
+            logger.error(  # noqa: TRY400  # without values
+                "Task %r (%s) could not be started here; it is queued again", run.name, run.id,
+                exc_info=without_values(exc),
+            )  # fmt: skip
             lane.abandon(run)
         # The runner stopped between the commit and now.
         self.held.pop(run.id, None)
@@ -461,9 +465,12 @@ class Runner:
         except asyncio.CancelledError:
             # The run has been settled; a cancellation that came while it was is not for us to pass on.
             pass
-        except Exception:
+        except Exception as exc:
             self.leave(run)
-            logger.exception("The run of task %r (%s) ended in an error of the library", run.name, run.id)
+            logger.error(  # noqa: TRY400  # without values
+                "The run of task %r (%s) ended in an error of the library", run.name, run.id,
+                exc_info=without_values(exc),
+            )  # fmt: skip
         finally:
             if not run.is_taken_over:
                 self._let_go(run)

@@ -12,6 +12,8 @@ import sys
 from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, Final
 
+from aftercommit.wording import without_values
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from contextlib import AbstractContextManager
@@ -67,9 +69,11 @@ def capture(task: str, id: UUID, pool: str) -> str | None:
     if "opentelemetry.trace" in sys.modules:
         try:
             headers = _trace_headers(task, id, pool)
-        except Exception:
+        except Exception as exc:
             # Whoever asks for a task must not fail because somebody's tracer did.
-            logger.exception("The trace could not be given to task %r (%s)", task, id)
+            logger.error(  # noqa: TRY400  # without values
+                "The trace could not be given to task %r (%s)", task, id, exc_info=without_values(exc)
+            )
         else:
             if headers:
                 carried["trace"] = headers
@@ -126,8 +130,8 @@ def restored(text: str | None) -> AbstractContextManager[object]:
     stack = ExitStack()
     try:
         _restore(json.loads(text), stack)
-    except Exception:  # whatever somebody has written there
-        logger.warning("What followed a task across the hand-over could not be put back", exc_info=True)
+    except Exception as exc:  # whatever somebody has written there
+        logger.warning("What followed a task across the hand-over could not be put back", exc_info=without_values(exc))
     return stack
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Generic, ParamSpec, Typ
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from aftercommit.errors import ConfigurationError, TaskDefinitionError
+from aftercommit.errors import ConfigurationError, HandOverError, TaskDefinitionError
 from aftercommit.tasks.figures import TaskFigures
 from aftercommit.tasks.options import Options
 from aftercommit.watch.call_sites import line_of
@@ -29,6 +29,9 @@ __all__ = ["Task", "TaskSettings", "define"]
 
 P = ParamSpec("P")
 R_co = TypeVar("R_co", covariant=True)
+
+
+_PLAIN: Final = frozenset({"builtins", "datetime", "decimal", "uuid"})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +59,15 @@ class TaskSettings:
     repeatable: bool
     isolation_level: str | None
     on_failure: Callable[..., Any] | None
+
+
+class _CalledWithoutSession(HandOverError, TypeError):
+    """What Python says itself of an argument that is missing, and what to write."""
+
+
+def _is_no_session(given: object) -> bool:
+    """Whether it is a row or plain data; whatever else a test has made may stand for a session."""
+    return hasattr(given, "_sa_instance_state") or (given is not None and type(given).__module__ in _PLAIN)
 
 
 class Task(Generic[P, R_co]):
@@ -96,7 +108,25 @@ class Task(Generic[P, R_co]):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the function, session and all, here and now."""
-        return self.function(*args, **kwargs)
+        if self.takes is not None and args and _is_no_session(args[0]):
+            raise self._called_without_session()
+        try:
+            return self.function(*args, **kwargs)
+        except TypeError as exc:
+            # Raised by the call itself, before the function began: it has no frame of its own.
+            at = exc.__traceback__
+            is_given = bool(args) and hasattr(args[0], "execute")
+            if self.takes is None or is_given or at is None or at.tb_next is not None:
+                raise
+            raise self._called_without_session() from exc
+
+    def _called_without_session(self) -> TypeError:
+        taken = "None" if self.takes is None else self.takes.__name__
+        return _CalledWithoutSession(
+            f"Task {self.name!r} was called as a function, which runs it here and now, and its first argument must be "
+            f"the {taken} then: {self.__name__}(session, …). To have it run after the commit, hand it over: "
+            f"after_commit({self.__name__}, …), or db.after_commit(session, {self.__name__}, …)."
+        )
 
     def __repr__(self) -> str:
         """Name and where it is defined."""

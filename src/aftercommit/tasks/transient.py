@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Final
 from sqlalchemy import exc
 
 from aftercommit.errors import PoolExhausted
+from aftercommit.wording import code_of, is_drivers, unit_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -101,7 +102,7 @@ def is_read_only(error: BaseException) -> bool:
 
     Unlike the other reasons for ``Fault.STALE`` it may last: until somebody else is the primary.
     """
-    code = _code(_unit(_verdict(error).link)) or ""
+    code = code_of(unit_of(_verdict(error).link)) or ""
     return code == "25006" or code.startswith("SQLITE_READONLY")
 
 
@@ -113,7 +114,7 @@ def met_in_commit(error: BaseException) -> bool:
 
 def is_cancelled(error: BaseException) -> bool:
     """Tell whether the server cancelled a statement (57014), whoever's it was."""
-    return _code(_unit(_verdict(error).link)) == _CANCELLED
+    return code_of(unit_of(_verdict(error).link)) == _CANCELLED
 
 
 def cancels_ours(error: BaseException) -> bool:
@@ -131,8 +132,8 @@ def describe(error: BaseException) -> str:
     The message is left out: "Key (email)=(…) already exists" holds a bound value.
     """
     link = _verdict(error).link
-    unit = _unit(link)
-    code = _code(unit)
+    unit = unit_of(link)
+    code = code_of(unit)
     text = type(unit[-1]).__name__ + (f" ({code})" if code else "")
     return text if link is error else f"{type(error).__name__} from {text}"
 
@@ -184,7 +185,6 @@ _SQLITE_NAMES: Final = {
     "SQLITE_CONSTRAINT_ROWID": Fault.UNIQUE,
 }
 
-_DRIVERS: Final = frozenset({"psycopg", "asyncpg", "sqlite3"})
 _INTERFACE_ERRORS: Final = frozenset({("asyncpg", "InterfaceError"), ("sqlalchemy", "InterfaceError")})
 _ALIVE: Final = frozenset({Fault.CONFLICT, Fault.UNIQUE, Fault.CANCELLED, Fault.PERMANENT})
 _CONNECTING: Final = frozenset({("asyncpg.connection", "connect"), ("asyncpg.connect_utils", "_connect")})
@@ -251,13 +251,13 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _is_aftermath(link: BaseException) -> bool:
-    return isinstance(link, exc.PendingRollbackError) or _code(_unit(link)) == _ABORTED
+    return isinstance(link, exc.PendingRollbackError) or code_of(unit_of(link)) == _ABORTED
 
 
 def _own(link: BaseException) -> _Verdict | None:
     """What *link* means by itself; None if it says nothing about the database."""
-    unit = _unit(link)
-    if isinstance(link, exc.DBAPIError) or _is_drivers(link):
+    unit = unit_of(link)
+    if isinstance(link, exc.DBAPIError) or is_drivers(link):
         return _database(link, unit)
     if isinstance(link, PoolExhausted) and link.is_standstill:
         # What a deadlock is in the database: this one was refused so that the others get on.
@@ -273,7 +273,7 @@ def _own(link: BaseException) -> _Verdict | None:
 
 
 def _database(link: BaseException, unit: list[BaseException]) -> _Verdict:
-    code = _code(unit)
+    code = code_of(unit)
     invalidated = isinstance(link, exc.DBAPIError) and link.connection_invalidated
     fault = _fault_of_code(code) if code else None
     if code == _UNSUPPORTED and _is_unsupported(unit[-1]):
@@ -314,31 +314,6 @@ def _group(group: BaseExceptionGroup[BaseException]) -> _Verdict | None:
 # --- reading drivers' errors ------------------------------------------------------------------------------------
 
 
-def _unit(link: BaseException) -> list[BaseException]:
-    """One error in its wrappings, outermost first: SQLAlchemy's, its async adapter's, the driver's own."""
-    unit = [link]
-    if isinstance(link, exc.DBAPIError) and link.orig is not None:
-        unit.append(link.orig)
-    # SQLAlchemy's adapter loses the code of asyncpg's InvalidCachedStatementError (2.1.9; 2.0.40 does not), and
-    # asyncpg itself (0.32) raises 08003 from what the server said before it closed the connection.
-    while _is_drivers(unit[-1]):
-        cause = unit[-1].__cause__
-        if cause is None or cause in unit or not _is_drivers(cause):
-            break
-        unit.append(cause)
-    return unit
-
-
-def _code(unit: list[BaseException]) -> str | None:
-    """The SQLSTATE, or SQLite's name of the code, from as far inside as there is one."""
-    for error in reversed(unit):
-        for name in ("sqlstate", "sqlite_errorname"):
-            code = getattr(error, name, None)
-            if isinstance(code, str):
-                return code
-    return None
-
-
 def _fault_of_code(code: str) -> Fault | None:
     if code.startswith("SQLITE_"):
         return next((fault for name, fault in _SQLITE_NAMES.items() if code.startswith(name)), None)
@@ -351,13 +326,6 @@ def _is_unsupported(error: BaseException) -> bool:
     source = getattr(error, "server_source_function", None)
     source = source or getattr(getattr(error, "diag", None), "source_function", None)
     return source is not None and source != _CHECKS_PLANS
-
-
-def _is_drivers(error: BaseException) -> bool:
-    return any(
-        module.partition(".")[0] in _DRIVERS or module.startswith("sqlalchemy.dialects.")
-        for module in (kind.__module__ for kind in type(error).__mro__)
-    )
 
 
 def _is_lost(error: BaseException) -> bool:

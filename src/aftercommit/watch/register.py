@@ -280,6 +280,11 @@ class _Watched(QueuePool):
 class WatchedPool(_Watched):
     """For sessions."""
 
+    # Where people look for the pool's own log, and switch it: not among what this library has to say.
+    _sqla_logger_namespace = "sqlalchemy.pool.impl.QueuePool"
+
 
 class AsyncWatchedPool(_Watched, AsyncAdaptedQueuePool):
     """For async sessions."""
+
+    _sqla_logger_namespace = "sqlalchemy.pool.impl.AsyncAdaptedQueuePool"

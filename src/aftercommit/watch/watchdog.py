@@ -6,6 +6,8 @@ import logging
 import threading
 from typing import TYPE_CHECKING, Final
 
+from aftercommit.wording import without_values
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -41,6 +43,6 @@ class Watchdog:
         while not self._stop.wait(_EVERY):
             try:
                 self._look()
-            except Exception:
+            except Exception as exc:
                 # Whatever it stumbled over must not end the watch.
-                logger.exception("A round of the watchdog failed")
+                logger.error("A round of the watchdog failed", exc_info=without_values(exc))  # noqa: TRY400

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import textwrap
 from typing import TYPE_CHECKING, Annotated, Final
 
@@ -15,6 +14,7 @@ from aftercommit.cli.doctor.examination import examine
 from aftercommit.cli.doctor.findings import Finding, Level
 from aftercommit.cli.target import DatabaseOption, fail, import_module, load
 from aftercommit.errors import AfterCommitError
+from aftercommit.plain import json_text, one_line
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -51,7 +51,7 @@ def doctor(  # noqa: PLR0917  # options of a command
     except AfterCommitError as exc:
         raise fail(str(exc)) from exc
     if as_json:
-        typer.echo(json.dumps(_document(str(where), findings), indent=2, ensure_ascii=False))
+        typer.echo(json_text(_document(str(where), findings)))
     else:
         _print(findings)
     bad = {Level.WRONG, Level.WARNING} if strict else {Level.WRONG}
@@ -71,13 +71,17 @@ def _number(findings: Sequence[Finding], level: Level) -> int:
     return sum(finding.level is level for finding in findings)
 
 
+def _flat(text: str) -> str:
+    return one_line(" ".join(text.split()))
+
+
 def _print(findings: Sequence[Finding]) -> None:
     console = Console(highlight=False)
     width = min(console.width, _READABLE)
     for finding in findings:
         colour = _COLOURS[finding.level]
         head = textwrap.fill(
-            f"{_MARKS[finding.level]} {finding.check}: {finding.found}",
+            f"{_MARKS[finding.level]} {finding.check}: {_flat(finding.found)}",
             width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False,
         )  # fmt: skip
         text = Text(head)
@@ -86,12 +90,15 @@ def _print(findings: Sequence[Finding]) -> None:
         if finding.why:
             indent = "    "
             console.print(
-                Text(textwrap.fill(finding.why, width, initial_indent=indent, subsequent_indent=indent), style="dim"),
+                Text(
+                    textwrap.fill(_flat(finding.why), width, initial_indent=indent, subsequent_indent=indent),
+                    style="dim",
+                ),
                 soft_wrap=True,
             )
         for line in finding.remedy:
             # Never wrapped: it is there to be copied.
-            console.print(Text.assemble(("    → ", colour), line), soft_wrap=True)
+            console.print(Text.assemble(("    → ", colour), one_line(line)), soft_wrap=True)
     wrong, warnings = _number(findings, Level.WRONG), _number(findings, Level.WARNING)
     if wrong or warnings:
         parts = ([f"{wrong} wrong"] if wrong else []) + (

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from aftercommit.cli.doctor.findings import Finding, Level, word
 from aftercommit.cli.doctor.setup import file_of
 from aftercommit.pools.urls import render
+from aftercommit.wording import without_values
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
@@ -37,7 +38,7 @@ def unreachable(pools: Pools, error: BaseException) -> Finding:
     """Say that a database cannot be asked, in the driver's words, and what to type to learn more."""
     url = pools.flavours.given
     cause = getattr(error, "orig", None) or error
-    said = " ".join(str(cause).split()) or type(error).__name__
+    said = " ".join(str(without_values(cause)).split()) or type(error).__name__
     if url.password:
         said = said.replace(str(url.password), "***")
     why, remedy = _of_file(url, cause) if pools.is_sqlite else _of_server(url, cause)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from aftercommit.cli.doctor.findings import Finding, Level, ago, word
+from aftercommit.cli.target import option_for_tasks
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -93,7 +94,7 @@ def check_work(census: Census) -> list[Finding]:
 
 def _alive(census: Census) -> Iterable[Finding]:
     due = sum(queue.due for queue in census.queues)
-    start = f"aftercommit worker {census.where}"
+    start = _worker(census)
     if census.live:
         shown = "; ".join(f"{w.host} {w.pid} ({', '.join(sorted(w.pools))})" for w in census.live[:_SHOWN])
         more = f"; {len(census.live) - _SHOWN} more" if len(census.live) > _SHOWN else ""
@@ -196,19 +197,20 @@ def _unknown(census: Census) -> Iterable[Finding]:
         number = sum(queue.queued for queue in waiting)
         oldest = max(queue.oldest for queue in waiting)
         is_here = name in census.names
+        # Whoever knows no task at all was started without the modules that declare them.
+        is_empty = not known or not census.names
         yield Finding(
             check="names",
-            level=Level.WARNING,
+            level=Level.WRONG if is_empty else Level.WARNING,
             found=f"No live worker knows the task {name!r}, and {_tasks(number)} queued"
             + (f", the oldest due for {ago(oldest)}" if oldest else ""),
-            why="The code at hand knows it; the workers that are alive run other code, as during a deploy."
-            if is_here
-            else "Nor does the code at hand: it was renamed without an alias, or taken away.",
-            remedy=(f"aftercommit worker {census.where}",)
+            why=_why_unknown(is_here=is_here, is_empty=is_empty),
+            remedy=(_worker(census),)
             if is_here
             else (
-                f"@db.task(aliases=({name!r},))    # on the task that took its place",
-                f"aftercommit tasks cancel --db {census.where} --state queued --task {word(name)}",
+                f"aftercommit worker {census.where} {option_for_tasks(census.where)}    # the module that declares it",
+                f"@db.task(aliases=({name!r},))    # if it was renamed: on the task that took its place",
+                f"aftercommit tasks cancel --db {census.where} --state queued --task {word(name)}    # unwanted",
             ),
         )
     for queue in census.queues:
@@ -223,6 +225,21 @@ def _unknown(census: Census) -> Iterable[Finding]:
                 why="Those that know it run other pools, as where two releases share the tables.",
                 remedy=(_start(census, queue.pool),),
             )
+
+
+def _worker(census: Census) -> str:
+    """Return the line that starts a worker which knows the tasks."""
+    return f"aftercommit worker {census.where}" + ("" if census.names else f" {option_for_tasks(census.where)}")
+
+
+def _why_unknown(*, is_here: bool, is_empty: bool) -> str:
+    if is_here and is_empty:
+        return "The code at hand knows it; the workers that are alive know no task at all: they import other modules."
+    if is_here:
+        return "The code at hand knows it; the workers that are alive run other code, as during a deploy."
+    if is_empty:
+        return "It is declared in a module that is not imported here: name it with --import, here and for the worker."
+    return "Nor does the code at hand: its module is not imported, or it was renamed without an alias, or taken away."
 
 
 def _late(census: Census) -> Iterable[Finding]:
