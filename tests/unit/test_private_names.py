@@ -3,19 +3,110 @@
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import sqlalchemy
+from sqlalchemy import Connection, Engine
+from sqlalchemy.dialects.postgresql import asyncpg
 from sqlalchemy.engine import ChunkedIteratorResult, CursorResult
 from sqlalchemy.event import base as event_base
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import Session, SessionTransaction
+from sqlalchemy.sql.selectable import GenerativeSelect
 
 from aftercommit import Database
 from aftercommit.errors import ConfigurationError
+from aftercommit.pools.taking import TakeableConnection
 from aftercommit.watch import private_names
 
 Rename = Callable[[pytest.MonkeyPatch], None]
+
+
+def is_hidden(name: str, *functions: str) -> Rename:
+    """What *functions* of ours look at has lost a name."""
+
+    def rename(patch: pytest.MonkeyPatch) -> None:
+        for function in functions:
+            original = getattr(private_names, function)
+            patch.setattr(private_names, function, lambda thing, original=original: original(Hiding(thing, name)))
+
+    return rename
+
+
+class Hiding:
+    """Something of SQLAlchemy's, without one of its names."""
+
+    def __init__(self, thing: Any, name: str) -> None:
+        self._thing = thing
+        self._name = name
+
+    def __getattr__(self, name: str) -> Any:
+        if name == self._name:
+            raise AttributeError(name)
+        found = getattr(self._thing, name)
+        if name == "get_nested_transaction":
+            return lambda: None if (nested := found()) is None else Hiding(nested, self._name)
+        return found
+
+
+def connections_say_otherwise_whose_they_are(patch: pytest.MonkeyPatch) -> None:
+    """What stands beside a session's connection means something else."""
+    original = SessionTransaction._connection_for_bind
+
+    def connect(self: Any, *args: Any, **kwargs: Any) -> Any:
+        connection = original(self, *args, **kwargs)
+        for bind, (connected, transaction, should_commit, close) in dict(self._connections).items():
+            self._connections[bind] = (connected, transaction, not should_commit, close)
+        return connection
+
+    patch.setattr(SessionTransaction, "_connection_for_bind", connect)
+
+
+def who_commits_is_not_said(patch: pytest.MonkeyPatch) -> None:
+    """The step that a transaction is in has another name."""
+    patch.setattr(private_names, "_COMMITTING", frozenset({"another"}))
+
+
+def listeners_are_in_a_list_of_another_kind(patch: pytest.MonkeyPatch) -> None:
+    """The list of a session's listeners cannot be copied as it was."""
+    patch.setattr(private_names, "deque", type("Another", (), {}))
+
+
+def levels_are_kept_elsewhere(patch: pytest.MonkeyPatch) -> None:
+    """A dialect knows the level of ``create_engine`` by another name."""
+    original = private_names.isolation_level_of
+
+    def look(engine: Engine) -> Any:
+        hiding: Any = SimpleNamespace(dialect=Hiding(engine.dialect, "_on_connect_isolation_level"))
+        return original(hiding)
+
+    patch.setattr(private_names, "isolation_level_of", look)
+
+
+def connections_have_one_class(patch: pytest.MonkeyPatch) -> None:
+    """An engine makes its connections without asking for a class."""
+    patch.setattr(Engine, "_connection_cls", property(lambda _: Connection, lambda *_: None), raising=False)
+
+
+def connections_are_taken_past_the_engine(patch: pytest.MonkeyPatch) -> None:
+    """A connection is taken from the pool, and not by the engine's method."""
+    original = Connection.__init__
+
+    def init(self: Any, engine: Any, connection: Any = None, **kwargs: Any) -> None:
+        original(self, engine, connection or engine.pool.connect(), **kwargs)
+
+    patch.setattr(Connection, "__init__", init)
+
+
+def limits_have_another_name(patch: pytest.MonkeyPatch) -> None:
+    """A statement keeps its limit elsewhere."""
+    patch.setattr(GenerativeSelect, "limit", lambda self, _limit: self)
+
+
+def asyncpg_begins_otherwise(patch: pytest.MonkeyPatch) -> None:
+    """SQLAlchemy's connection of asyncpg's begins by another method."""
+    patch.delattr(asyncpg.AsyncAdapt_asyncpg_connection, "_start_transaction")
 
 
 def statements_meet_elsewhere(patch: pytest.MonkeyPatch) -> None:
@@ -92,14 +183,29 @@ def what_is_pooled_takes_no_attributes(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(private_names, "vars", lambda _: Forgetful(), raising=False)
 
 
-CHANGES: dict[str, Rename] = {
-    "Session._execute_internal": statements_meet_elsewhere,
-    "Session.get_bind, called before each begin": binds_are_found_elsewhere,
-    "Session.__dict__['dispatch']": dispatch_is_kept_elsewhere,
-    "ChunkedIteratorResult.chunks, .iterator, ._yield_per": chunks_have_another_name,
-    "CursorResult.cursor_strategy": strategies_have_another_name,
-    "Dialect.dispatch": listeners_are_kept_elsewhere,
-    "PoolProxiedConnection.__dict__, ConnectionPoolEntry.__dict__": what_is_pooled_takes_no_attributes,
+CHANGES: dict[str, list[Rename]] = {
+    "SessionTransaction._connections": [
+        is_hidden("_connections", "connections_of"),
+        connections_say_otherwise_whose_they_are,
+    ],
+    "SessionTransaction._current_fn": [is_hidden("_current_fn", "is_committing"), who_commits_is_not_said],
+    "NestedTransaction._savepoint, ._previous_nested": [
+        is_hidden("_savepoint", "open_savepoints"),
+        is_hidden("_previous_nested", "open_savepoints"),
+    ],
+    "Session.dispatch.*.listeners": [listeners_are_in_a_list_of_another_kind],
+    "Dialect._on_connect_isolation_level": [levels_are_kept_elsewhere],
+    "Engine._connection_cls": [connections_have_one_class],
+    "Engine.__dict__['raw_connection'], ['dispatch']": [connections_are_taken_past_the_engine],
+    "Select._limit_clause, ._offset_clause": [limits_have_another_name],
+    "Session._execute_internal": [statements_meet_elsewhere],
+    "Session.get_bind, called before each begin": [binds_are_found_elsewhere],
+    "Session.__dict__['dispatch']": [dispatch_is_kept_elsewhere],
+    "ChunkedIteratorResult.chunks, .iterator, ._yield_per": [chunks_have_another_name],
+    "CursorResult.cursor_strategy": [strategies_have_another_name],
+    "Dialect.dispatch": [listeners_are_kept_elsewhere],
+    "PoolProxiedConnection.__dict__, ConnectionPoolEntry.__dict__": [what_is_pooled_takes_no_attributes],
+    "AsyncAdapt_asyncpg_connection._start_transaction": [asyncpg_begins_otherwise],
 }
 
 
@@ -117,29 +223,44 @@ def test_every_name_is_tried() -> None:
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("name", CHANGES)
+@pytest.mark.parametrize(
+    ("name", "change"), [pytest.param(name, each, id=name) for name, changes in CHANGES.items() for each in changes]
+)
 def test_a_name_that_was_changed_is_found_as_the_first_engine_opens(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, change: Rename, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The error names it, what it is used for, and the release of SQLAlchemy's."""
-    (purpose,) = [each.purpose for each in private_names.NAMES if each.name == name]
-    db = Database(f"sqlite:///{tmp_path}/a.db")
-    CHANGES[name](monkeypatch)
+    (tried,) = [each for each in private_names.NAMES if each.name == name]
+    db = Database(f"sqlite:///{tmp_path}/a.db" if tried.driver is None else f"postgresql+{tried.driver}://host/a")
+    change(monkeypatch)
 
     with pytest.raises(ConfigurationError) as caught:
-        db.engine()
+        db.engine() if tried.driver is None else db.async_engine()
     monkeypatch.undo()
 
     assert str(caught.value).startswith(f"SQLAlchemy {sqlalchemy.__version__} has changed what aftercommit leans on: ")
-    assert f"{name}, by which {purpose}" in str(caught.value)
+    assert f"{name}, by which {tried.purpose}" in str(caught.value)
 
 
 @pytest.mark.usefixtures("unchecked")
 def test_the_release_at_hand_has_them_all(tmp_path: Path) -> None:
-    """They are tried once in a process."""
+    """They are tried once in a process, and a driver's own once it is used."""
     db = Database(f"sqlite:///{tmp_path}/a.db")
 
     db.engine()
     db.engine("default")
+    of_sqlite = private_names.check.cache_info().misses
+    Database("postgresql+asyncpg://host/a").async_engine()
 
-    assert private_names.check.cache_info().misses == 1
+    assert (of_sqlite, private_names.check.cache_info().misses) == (2, 3)
+
+
+def test_a_connection_can_be_taken_where_overrides_are_not_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What sees the commit instead takes nothing away from a run that hangs."""
+    monkeypatch.setattr(private_names, "calls_overrides", lambda: False)
+    db = Database(f"sqlite:///{tmp_path}/a.db")
+
+    with db.engine().connect() as connection:
+        assert isinstance(connection, TakeableConnection)

@@ -226,6 +226,7 @@ class Pools:
     def set_up(self, engine: Engine, settings: PoolSettings) -> None:
         """Attach to a new engine what every engine of this database has."""
         private_names.check()
+        private_names.check(engine.dialect.driver)
         event.listen(engine, "connect", renew_notes, insert=True)
         if self.is_sqlite:
             sqlite.set_up(engine)

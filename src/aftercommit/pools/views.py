@@ -51,7 +51,7 @@ def view_of(engine: Engine, **options: Any) -> Engine:
     # As its own attributes: the class has descriptors of these names.
     vars(view).update(
         dispatch=engine.dispatch,
-        _connection_cls=engine._connection_cls,  # noqa: SLF001  # see commits.watch
+        _connection_cls=engine._connection_cls,  # noqa: SLF001  # see private_names
         raw_connection=partial(_take_by_view, engine, options),
     )
     return view
