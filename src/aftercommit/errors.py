@@ -27,6 +27,7 @@ __all__ = [
     "PoolBudgetError",
     "PoolExhausted",
     "RowGone",
+    "RunInVain",
     "RunnerNotRunning",
     "SchemaError",
     "SessionEnded",

@@ -503,8 +503,8 @@ def test_a_session_class_that_listens_to_itself_is_fenced(database: DatabaseUnde
     with shop.running():
         id = shop.ask(works, "once")
         heard.wait(signals.TaskSucceeded)
-    state = shop.record(id).state
+    state, effects = shop.record(id).state, shop.effects()
     shop.close()
 
     assert begun.is_set()
-    assert (state, shop.effects()) == ("succeeded", ["once"])
+    assert (state, effects) == ("succeeded", ["once"])

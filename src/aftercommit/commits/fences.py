@@ -31,7 +31,7 @@ class Fenced(Protocol):
         """A COMMIT comes, behind everything else that is written for it; what is raised here aborts it."""
 
     def committing_anywhere(self, connection: Connection, others: Sequence[Connection]) -> None:
-        """A COMMIT comes on any of the session's connections: its own, and the *others*."""
+        """A COMMIT comes on any of the session's connections: its own, and *others*."""
 
     def rolled_back(self, connection: Connection) -> None:
         """The transaction was rolled back; another one may begin on the same connection."""

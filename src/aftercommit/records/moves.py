@@ -360,20 +360,18 @@ _RETURNED: Final = (
     "RETURNING id, task, CAST(arguments AS text), attempt, claims, max_attempts, parent, CAST(context AS text), "
     "CAST(checkpoint AS text), refunds, priority, "
 )
-# At each claim, so that whoever rewrites his own record is counted, too; taken back where it ends in order. A number
-# that something has put there stops nobody.
-_COUNTED_PG: Final = "refunds = LEAST(refunds, 1000000) + 1"
-_COUNTED_LITE: Final = "refunds = MIN(refunds, 1000000) + 1"
 # Whatever number somebody has written there: the token goes on, and what was tried too often fails by itself.
+# Counted in `refunds` at each claim, so that a task that rewrites its own record is counted, too.
 _TAKEN_PG: Final = (
     "state = 'running', worker = :worker, attempt = GREATEST(0, LEAST(attempt, 2147483646)) + 1, "
-    f"claims = CASE WHEN claims < 2147483647 THEN claims ELSE 0 END + 1, {_COUNTED_PG}, queued_key = NULL, "
-    f"started_at = {_PG_NOW}"
+    "refunds = GREATEST(0, LEAST(refunds, 1000000)) + 1, "
+    f"claims = CASE WHEN claims < 2147483647 THEN claims ELSE 0 END + 1, queued_key = NULL, started_at = {_PG_NOW}"
 )
 _TAKEN_LITE: Final = (
     "state = 'running', worker = :worker, attempt = MAX(0, MIN(CAST(attempt AS INTEGER), 2147483646)) + 1, "
+    "refunds = MAX(0, MIN(CAST(refunds AS INTEGER), 1000000)) + 1, "
     "claims = CASE WHEN CAST(claims AS INTEGER) BETWEEN -2147483648 AND 2147483646 THEN CAST(claims AS INTEGER) "
-    f"ELSE 0 END + 1, {_COUNTED_LITE}, queued_key = NULL, started_at = {_LITE_NOW}"
+    f"ELSE 0 END + 1, queued_key = NULL, started_at = {_LITE_NOW}"
 )
 _WAITED_PG: Final = "CASE WHEN isfinite(run_at) THEN EXTRACT(EPOCH FROM now() - run_at) END"
 _WAITED_LITE: Final = "(julianday('now') - julianday(run_at)) * 86400.0"

@@ -198,7 +198,8 @@ class Rounds:
         # A transaction pooler lets no LISTEN through, so where that works by the database's own URL there is none.
         runner.books.is_direct = runner.is_listening and not runner.listens_elsewhere
         # Before the heartbeat, which may find a silent worker that lists the same: it was in this process before.
-        yield self.backends.write_when_due
+        if now >= self.backends.due:
+            yield self.backends.write_when_due
         if now >= self._next_beat:
             yield self._beat
         if now >= self._next_poll:
