@@ -11,14 +11,13 @@ from unittest.mock import patch
 
 import httpx
 from fastapi import FastAPI
-from sqlalchemy import AsyncAdaptedQueuePool, QueuePool, select
+from sqlalchemy import AsyncAdaptedQueuePool, QueuePool, event, select
 from sqlalchemy.orm import Session
 
 from aftercommit import Database
 from aftercommit.fastapi import AsyncSessionDep, SessionDep, install
-from aftercommit.pools.holds import OF_SESSION
 from aftercommit.sessions.ended import end_for_good
-from aftercommit.sessions.sharing import guard_session
+from aftercommit.watch.sharing import _after_flush, guard_session
 from benchmarks.overhead.job import Job
 
 STRETCH: Final = 10
@@ -57,30 +56,23 @@ REQUEST: Final = "loads a row in a request"
 """Measured in an application, from where the request gets its session to where that ends."""
 
 
-class NoLeash:
-    """Stands for what knows of a session, and knows nothing."""
+class NoWatch:
+    """Stands for what watches a session, and sees nothing."""
 
-    entry = object()
-    held = ()
-
-    def begun(self, *_: object) -> None:
+    def close(self) -> None:
         """Nothing."""
-
-    take_off = begun
-
-
-def put_on_none(session: Session, *_: object) -> NoLeash:
-    """Stand for what puts a session on its leash."""
-    session.info[OF_SESSION] = leash = NoLeash()
-    return leash
 
 
 def taken_out(stack: ExitStack) -> Database:
     """Take out what watches: connections, statements, open sessions, and the look for the line that opens one."""
     for name, instead in (
-        ("aftercommit.pools.register.Register.attach", lambda *_: None),
+        ("aftercommit.watch.register.Register.attach", lambda *_: None),
+        ("aftercommit.pools.steps.hold_of", lambda _: None),
+        ("aftercommit.pools.steps.note_begin", lambda _: None),
         ("aftercommit.database.user_line", lambda **_: None),
-        ("aftercommit.sessions.scopes.put_on_leash", put_on_none),
+        ("aftercommit.sessions.scopes.watch_session", lambda *_: NoWatch()),
+        ("aftercommit.watch.sharing._get_bind", lambda kind: kind.get_bind),
+        ("aftercommit.watch.sharing._listen", lambda target: event.listen(target, "after_flush", _after_flush)),
     ):
         stack.enter_context(patch(name, instead))
     return Database(

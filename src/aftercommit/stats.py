@@ -12,21 +12,21 @@ from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import QueuePool
 
-from aftercommit.pools.holds import shortened
 from aftercommit.pools.pools import REQUEST
-from aftercommit.pools.timing import Timing
 from aftercommit.records.sweeping import ClusterTask
 from aftercommit.sessions import Owner
+from aftercommit.watch.holders import shortened
+from aftercommit.watch.timing import Timing
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Mapping
     from uuid import UUID
 
     from aftercommit.pools import Pool, Pools
-    from aftercommit.pools.holds import Hold
     from aftercommit.runner import Runner
     from aftercommit.runner.lanes import Lane
     from aftercommit.tasks import Task
+    from aftercommit.watch.holders import HeldConnection
 
 __all__ = ["ClusterStats", "ClusterTask", "Holder", "PoolStats", "Stats", "TaskStats", "Timing", "snapshot"]
 
@@ -214,7 +214,7 @@ def _pool(pool: Pool, lane: Lane | None, *, running: int, backlog: int) -> PoolS
     )
 
 
-def _holder(hold: Hold, now: float) -> Holder:
+def _holder(hold: HeldConnection, now: float) -> Holder:
     owner, statement = hold.owner, hold.statement
     who = owner if isinstance(owner, Owner) else Owner(str(owner), hold.line)
     return Holder(

@@ -24,7 +24,7 @@ from aftercommit import BatchReport, Database, PoolSettings, Retry, TaskRecord, 
 from aftercommit.batches import sources
 from aftercommit.batches.stretches import Stretch, gaps, merged
 from aftercommit.errors import BatchError, BatchStopped, ConfigurationError, RowGone
-from aftercommit.sessions.owner import OWNER
+from aftercommit.watch.leaks import watch_of
 from tests.support.databases import DatabaseUnderTest
 
 
@@ -1265,8 +1265,9 @@ class Deaths:
                 raise _Crash
 
     def _is_batch(self, session: Session) -> bool:
-        owner = session.info[OWNER]
-        return owner is not None and owner.name.startswith("batch of") and session.get_nested_transaction() is None
+        watch = watch_of(session)
+        is_batch = watch is not None and watch.owner.name.startswith("batch of")
+        return is_batch and session.get_nested_transaction() is None
 
 
 @pytest.mark.drivers("pysqlite", "psycopg")

@@ -12,7 +12,7 @@ from sqlalchemy.orm import Session
 from sqlalchemy.util import greenlet_spawn
 
 from aftercommit import PoolSettings, signals
-from aftercommit.commits import internals
+from aftercommit.watch import private_names
 from tests.support.databases import DatabaseUnderTest
 from tests.support.workshop import Effect, Heard, Workshop
 
@@ -229,7 +229,7 @@ def test_events_do_where_sqlalchemy_would_not_call_what_is_overridden(
     database: DatabaseUnderTest, monkeypatch: pytest.MonkeyPatch
 ):
     """Commits, rollbacks and savepoints are seen all the same, only slower, and nothing is lost or run too often."""
-    monkeypatch.setattr(internals, "calls_overrides", lambda: False)
+    monkeypatch.setattr(private_names, "calls_overrides", lambda: False)
     shop = Workshop(database)
     task = shop.task()(effect)
 
@@ -259,11 +259,11 @@ def test_events_do_where_sqlalchemy_would_not_call_what_is_overridden(
 @pytest.mark.parametrize("way", ["_connection_commit_impl", "_connection_rollback_impl"])
 def test_what_sqlalchemy_does_not_call_is_noticed(monkeypatch: pytest.MonkeyPatch, way: str):
     """A release that commits or rolls back in another way than the one that is overridden is found out at the start."""
-    assert internals.calls_overrides.__wrapped__()
+    assert private_names.calls_overrides.__wrapped__()
 
     monkeypatch.setattr(RootTransaction, way, lambda _transaction: None)
 
-    assert not internals.calls_overrides.__wrapped__()
+    assert not private_names.calls_overrides.__wrapped__()
 
 
 # --- an idle process ------------------------------------------------------------------------------------------------

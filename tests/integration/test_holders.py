@@ -280,7 +280,7 @@ class Clock:
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     """A clock that stands still until it is moved."""
     made = Clock()
-    for module in ("pools.holds", "pools.register", "sessions.leaks"):
+    for module in ("watch.holders", "watch.register", "watch.leaks", "pools.steps"):
         monkeypatch.setattr(f"aftercommit.{module}.time", made)
     return made
 

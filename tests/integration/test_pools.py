@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy
+import sqlalchemy.ext.asyncio as asyncio_extension
 from sqlalchemy import (
     Connection,
     Engine,
@@ -106,15 +108,16 @@ def opened(database: DatabaseUnderTest, **options: Any) -> Iterator[Bench]:
 
 def test_threads_that_ask_first_at_once_share_one_engine(database: DatabaseUnderTest, monkeypatch: pytest.MonkeyPatch):
     """Sixteen threads ask for the same pool for the first time: one engine is made."""
-    name = "create_async_engine" if database.is_async else "create_engine"
-    original, made = getattr(pools_module, name), count()
+    module, name = (asyncio_extension, "create_async_engine") if database.is_async else (sqlalchemy, "create_engine")
+    original, made = getattr(module, name), count()
     barrier = threading.Barrier(16)
 
     def make(*args: Any, **kwargs: Any) -> Any:
         next(made)
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(pools_module, name, make)
+    # As what instruments SQLAlchemy does, and after aftercommit was imported.
+    monkeypatch.setattr(module, name, make)
 
     with opened(database) as bench:
 

@@ -17,6 +17,7 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 # From the ground up. Rooms of one floor may know each other in one direction; "aftercommit" is __init__.py.
 FLOORS = (
     ("errors", "plain", "wording", "signals"),
+    ("watch",),
     ("pools",),
     ("commits",),
     ("sessions",),

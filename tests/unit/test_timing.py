@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from aftercommit.pools.timing import RECENT, Meter, Timing, percentile
 from aftercommit.runner.rounds import pause_between_sweeps
+from aftercommit.watch.timing import RECENT, Meter, Timing, percentile
 
 seconds = st.floats(min_value=0, max_value=1e6)
 

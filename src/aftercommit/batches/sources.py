@@ -122,7 +122,7 @@ def _mapper_of(statement: Select[Any], entity: type | None) -> tuple[Mapper[Any]
             "A batch runs over a Select of one mapped class, whose rows the handler is given: select(Order).where(…); "
             "or of exactly its primary key, to be given keys of rows that are not loaded: select(Order.id).where(…)."
         )
-    # No public name says that a limit was set (2.0 and 2.1).
+    # No public name says that a limit was set; these are tried (`private_names`).
     if statement._limit_clause is not None or statement._offset_clause is not None:  # noqa: SLF001
         raise ConfigurationError(
             "This Select has a limit or an offset, which pages of a batch would count anew. Leave them out, or pass "

@@ -22,15 +22,15 @@ from sqlalchemy.ext.asyncio import AsyncSession, async_scoped_session
 from sqlalchemy.ext.asyncio import async_session as proxy_of
 from sqlalchemy.orm import Session, scoped_session
 
-from aftercommit.commits import internals
 from aftercommit.commits import transitions as to
 from aftercommit.commits.fences import Fence, Fenced, is_on
-from aftercommit.commits.internals import open_savepoints
 from aftercommit.commits.pending import Entry, Pending, Phase, TransactionListener, by_listener, report_lost
 from aftercommit.errors import HandOverError
-from aftercommit.pools.lines import user_line
 from aftercommit.pools.taking import TakeableConnection
 from aftercommit.pools.urls import render
+from aftercommit.watch import private_names
+from aftercommit.watch.call_sites import user_line
+from aftercommit.watch.private_names import open_savepoints
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
@@ -71,7 +71,7 @@ class SessionHook:
 
     def __init__(self, session: Session, root: SessionTransaction) -> None:
         self.session = ref(session)
-        self.connections = [each.connection for each in internals.connections_of(root)]
+        self.connections = [each.connection for each in private_names.connections_of(root)]
         self.unwinding: BaseException | None = None
         self._state = to.SessionState()
         self._new: list[Pending] = []
@@ -106,7 +106,7 @@ class SessionHook:
         """Whether it is the session that is committing."""
         session = self.session()
         root = None if session is None else session.get_transaction()
-        return root is not None and internals.is_committing(root)
+        return root is not None and private_names.is_committing(root)
 
     def connection_on(self, bind: Engine | Connection) -> Connection | None:
         """The connection of its transaction that goes to *bind*, if there is one yet."""
@@ -229,7 +229,7 @@ def autocommits(bind: Engine | Connection) -> bool:
     """Whether a bind is known to be in autocommit, before anything is connected."""
     level = bind.get_execution_options().get("isolation_level")
     if level is None:
-        level = getattr(bind.dialect, "_on_connect_isolation_level", None)
+        level = private_names.isolation_level_of(bind)
     return level == "AUTOCOMMIT"
 
 
@@ -250,9 +250,10 @@ def watch(engine: Engine) -> None:
     Raises:
         ConfigurationError: If the SQLAlchemy that is installed is not known.
     """
-    internals.check()
-    if internals.calls_overrides():
-        engine._connection_cls = WatchedConnection  # noqa: SLF001  # tried, see internals
+    private_names.check()
+    # Without the overrides its commits are listened to, and it can be taken from a run that hangs all the same.
+    kind = WatchedConnection if private_names.calls_overrides() else TakeableConnection
+    engine._connection_cls = kind  # noqa: SLF001  # tried, see private_names
 
 
 def listen(target: Session | type[Session]) -> None:
@@ -364,7 +365,7 @@ def _commit_others_first(hook: SessionHook, connection: Connection) -> None:
     root = None if session is None else session.get_transaction()
     if root is None:
         return
-    for other, is_own in internals.connections_of(root):
+    for other, is_own in private_names.connections_of(root):
         if other is connection or not is_own:
             continue
         if any(is_on(other, each.bind) for each in hook.state.pending):
@@ -427,9 +428,9 @@ def _hook_of(session: Session) -> SessionHook:
         session.begin()
     hook: SessionHook | None = vars(session).get(_HOOK)
     if hook is None:
-        internals.check()
+        private_names.check()
         if not getattr(session, _LISTENS, False):
-            internals.without_iteration(session, _LISTENERS)
+            private_names.without_iteration(session, _LISTENERS)
             listen(session)
         root = session.get_transaction()
         assert root is not None  # noqa: S101  # begun above
@@ -468,7 +469,7 @@ def _before_commit(session: Session) -> None:
 
 def _fence_session(session: Session, fence: Fence) -> None:
     root = session.get_transaction()
-    if root is None or not internals.is_committing(root):
+    if root is None or not private_names.is_committing(root):
         # A savepoint is released.
         return
     if fence.connection is None:

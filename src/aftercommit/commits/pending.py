@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-    from aftercommit.pools.lines import Line
+    from aftercommit.watch.call_sites import CallSite
 
 __all__ = ["Entry", "Pending", "Phase", "TransactionListener", "by_listener", "report_lost"]
 
@@ -47,7 +47,7 @@ class TransactionListener(Protocol):
     def dropped(self, entries: Sequence[Any]) -> None:
         """The transaction was rolled back, perhaps after the entries were written."""
 
-    def lost(self, entries: Sequence[Any], lines: Sequence[Line | None]) -> None:
+    def lost(self, entries: Sequence[Any], lines: Sequence[CallSite | None]) -> None:
         """The session was closed without a commit: these will never be."""
 
 
@@ -80,7 +80,7 @@ class Pending:
     listener: TransactionListener
     entry: Entry
     bind: Any = None
-    line: Line | None = None
+    line: CallSite | None = None
     asked_during: BaseException | None = None
     savepoints: tuple[str, ...] = ()
     phase: Phase = Phase.WAITING

@@ -26,8 +26,8 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from aftercommit.errors import ConfigurationError
-from aftercommit.pools.holds import note_lock
 from aftercommit.pools.turns import Held, take_turn
+from aftercommit.watch.holders import note_lock
 from aftercommit.wording import without_values
 
 if TYPE_CHECKING:
@@ -77,14 +77,12 @@ class GatedConnection(sqlite3.Connection):
         is_taken: Whether it was taken away.
         file: Whose write lock it asks for.
         patience: Seconds for which it does.
-        record_info: What the pool knows of it.
     """
 
     expects_transaction = False
     is_taken = False
     file = ""
     patience = 0.0
-    record_info: Any = None
     turn: Held | None = None
     _is_over = False
     _has_strangers = False

@@ -13,8 +13,8 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools import network, sqlite
 from aftercommit.pools.gate import gated
-from aftercommit.pools.register import AsyncExplainingPool, ExplainingPool
 from aftercommit.pools.urls import PACKAGES, Flavour, is_sqlite, render
+from aftercommit.watch.register import AsyncWatchedPool, WatchedPool
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -44,7 +44,7 @@ def engine_options(
             "pool_timeout": settings.pool_timeout,
             "pool_recycle": settings.pool_recycle,
         }
-        options.setdefault("poolclass", AsyncExplainingPool if flavour == "async" else ExplainingPool)
+        options.setdefault("poolclass", AsyncWatchedPool if flavour == "async" else WatchedPool)
     options["connect_args"] = connect_args(f"aftercommit:{name}", url, given.get("connect_args") or {})
     return options
 

@@ -7,17 +7,21 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
-from sqlalchemy import URL, create_engine, event
+import sqlalchemy
+import sqlalchemy.ext.asyncio
+from sqlalchemy import URL, event
 from sqlalchemy.exc import InvalidatePoolError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine
 
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools import network, pipelines, raw, sqlite, views
 from aftercommit.pools.backends import Backends
 from aftercommit.pools.options import check_options, engine_options, engine_url
-from aftercommit.pools.register import Register
 from aftercommit.pools.settings import PoolSettings
 from aftercommit.pools.urls import Flavour, Flavours, flavours, is_sqlite, render
+from aftercommit.watch import private_names
+from aftercommit.watch.notes import notes_of, renew_notes
+from aftercommit.watch.register import Register
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -35,6 +39,7 @@ WARN_AFTER: Final = 10.0
 """Seconds for which a connection may be held before that is reported, where ``PoolSettings`` say nothing else."""
 
 _IDLE_ENOUGH_TO_PING: Final = 1.0
+_IDLE_SINCE: Final = "idle since"
 
 
 class Pool:
@@ -64,7 +69,8 @@ class Pool:
             with self._lock:
                 if self._engine is None:
                     url = engine_url(self._owner.flavours.url("sync"))
-                    engine = create_engine(url, **self._options("sync"))
+                    # Looked up now: what instruments SQLAlchemy replaces the function, perhaps after our import.
+                    engine = sqlalchemy.create_engine(url, **self._options("sync"))
                     self._owner.set_up(engine, self.settings)
                     self.register.attach(engine)
                     self._engine = engine
@@ -80,9 +86,8 @@ class Pool:
         if self._async_engine is None:
             with self._lock:
                 if self._async_engine is None:
-                    engine = create_async_engine(
-                        engine_url(self._owner.flavours.url("async")), **self._options("async")
-                    )
+                    url = engine_url(self._owner.flavours.url("async"))
+                    engine = sqlalchemy.ext.asyncio.create_async_engine(url, **self._options("async"))
                     self._owner.set_up(engine.sync_engine, self.settings)
                     self.register.attach(engine.sync_engine)
                     self._async_engine = engine
@@ -220,6 +225,9 @@ class Pools:
 
     def set_up(self, engine: Engine, settings: PoolSettings) -> None:
         """Attach to a new engine what every engine of this database has."""
+        private_names.check()
+        private_names.check(engine.dialect.driver)
+        event.listen(engine, "connect", renew_notes, insert=True)
         if self.is_sqlite:
             sqlite.set_up(engine)
         else:
@@ -251,16 +259,16 @@ def _close_what_returns(*pools: SQLAlchemyPool) -> None:
         event.listen(each, "checkin", lambda _connection, record: record.close())
 
 
-def _remember_idle(_connection: Any, record: Any) -> None:
-    record.info[_remember_idle] = time.monotonic()
+def _remember_idle(_connection: Any, entry: Any) -> None:
+    notes_of(entry)[_IDLE_SINCE] = time.monotonic()
 
 
-def _ping_when_idle(engine: Engine, connection: Any, record: Any, _proxy: Any) -> None:
+def _ping_when_idle(engine: Engine, connection: Any, entry: Any, _pooled: Any) -> None:
     """Try a connection that sat idle, or has heard from the server meanwhile.
 
     A ping at every checkout would cost a round trip each, on asyncpg two.
     """
-    since = record.info.get(_remember_idle)
+    since = notes_of(entry).get(_IDLE_SINCE)
     if since is None or (time.monotonic() - since < _IDLE_ENOUGH_TO_PING and not network.has_unread(connection)):
         return
     dialect = engine.dialect

@@ -25,5 +25,6 @@ def set_up(engine: Engine) -> None:
 def _begin(pooled: PoolProxiedConnection) -> None:
     adapted: Any = pooled.dbapi_connection
     if not adapted.driver_connection.is_in_transaction():
-        # Not public (2.0 and 2.1). A statement that does nothing would have it done, too, for two round trips more.
+        # Not public, and tried (see private_names). A statement that does nothing would have it done, too, for two
+        # round trips more.
         adapted.run_async(lambda _driver: adapted._start_transaction())  # noqa: SLF001  # see above

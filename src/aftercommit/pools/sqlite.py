@@ -23,10 +23,11 @@ from sqlalchemy import event
 from sqlalchemy.exc import OperationalError
 
 from aftercommit.pools.gate import BEGIN, GatedConnection, PlainTaking, needs_lock
-from aftercommit.pools.holds import note_lock
 from aftercommit.pools.steps import steps_of
 from aftercommit.pools.turns import take_turn
 from aftercommit.pools.views import taken_with
+from aftercommit.watch.holders import note_lock
+from aftercommit.watch.notes import NOTES, notes_of
 
 if TYPE_CHECKING:
     from sqlalchemy import Connection, Engine, PoolProxiedConnection
@@ -95,10 +96,12 @@ def _on_invalidate(connection: DBAPIConnection, _record: Any, _error: BaseExcept
 
 
 def _on_connect(file: str, connection: DBAPIConnection, record: ConnectionPoolEntry) -> None:
-    record.info[_FILE] = file
+    notes_of(record)[_FILE] = file
     driver = _driver(connection)
     if isinstance(driver, GatedConnection):
-        driver.file, driver.record_info = file, record.record_info
+        driver.file = file
+        # The gate sees the lock being taken, and notes it where the pool will look.
+        vars(driver)[NOTES] = notes_of(record)
     # The driver's own transactions are off, however the connection was made.
     connection.isolation_level = None
     cursor = connection.cursor()
@@ -125,7 +128,7 @@ def _on_checkout(connection: DBAPIConnection, _record: Any, _proxy: Any) -> None
 
 
 def _be_patient(connection: DBAPIConnection, record: ConnectionPoolEntry, seconds: float) -> None:
-    record.info[_PATIENCE] = seconds
+    notes_of(record)[_PATIENCE] = seconds
     driver = _driver(connection)
     if isinstance(driver, GatedConnection):
         driver.patience = seconds
@@ -163,7 +166,7 @@ def _begin_immediate(pooled: PoolProxiedConnection) -> None:
         elif isinstance(adapted, GatedConnection):
             adapted.execute(BEGIN)
         else:
-            turn, _left = take_turn(pooled.info[_FILE], pooled.info[_PATIENCE])
+            turn, _left = take_turn(notes_of(pooled)[_FILE], notes_of(pooled)[_PATIENCE])
             try:
                 adapted.execute(BEGIN)
             finally:

@@ -4,19 +4,27 @@ SQLAlchemy has events of the engine for these. But one listener on an engine mak
 and then look through, two lists of listeners at every step there is, also where nobody listens: more than a tenth of
 what a short session computes. So those are left to the application. Ours are the events of the engine's dialect, which
 cost a call, and where it has none, its methods: as public, and every step passes through them.
+
+What runs, and since when, is noted here as well (see ``watch``). There is no event behind a statement but the engine's,
+so the listener runs the statement itself.
 """
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from sqlalchemy import event
 
+from aftercommit.watch.holders import HELD, hold_of, note_begin
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from sqlalchemy import Connection, Engine, PoolProxiedConnection
+
+    from aftercommit.watch.holders import HeldConnection
 
 __all__ = ["Steps", "steps_of"]
 
@@ -47,26 +55,53 @@ def steps_of(engine: Engine) -> Steps:
     if steps is None:
         steps = own[_STEPS] = Steps()
         for name in _EXECUTE:
-            # An event, and not in the method: a listener may run the statement in its own way.
-            event.listen(engine, name, _begun(steps.before_statement))
+            event.listen(engine, name, _run(dialect, name, steps.before_statement))
         own["do_begin"] = _told(dialect.do_begin, steps.before_begin)
     return steps
 
 
-# A statement comes with its cursor, its parameters where it has any, and last its context.
+def _run(dialect: Any, name: str, before: list[Callable[[Connection, str], None]]) -> Callable[..., bool]:
+    listeners: Any = None
 
-
-def _begun(tell: list[Callable[[Connection, str], None]]) -> Callable[..., None]:
-    def listener(_cursor: Any, statement: str, *rest: Any) -> None:
+    # A statement comes with its cursor, its parameters where it has any, and last its context.
+    def run(cursor: Any, statement: str, *rest: Any) -> bool:
+        nonlocal listeners
         connection: Connection = rest[-1].root_connection
-        for each in tell:
+        # These may wait for SQLite's lock: what waits there is not running yet.
+        for each in before:
             each(connection, statement)
+        held: HeldConnection | None = connection.__dict__.get(HELD)
+        if held is None or held.entry is None:
+            held = hold_of(connection)
+            if held is None:
+                # Detached from its pool, or of one that is not watched.
+                return False
+        if listeners is None:
+            listeners = getattr(dialect.dispatch, name)
+        held.statement = statement
+        held.done_since = None
+        try:
+            # Whatever listens behind this one may still run the statement in its own way.
+            if len(listeners) == 1 or not any(each(cursor, statement, *rest) for each in _behind(run, listeners)):
+                getattr(dialect, name)(cursor, statement, *rest)
+        finally:
+            held.done_since = time.monotonic()
+        return True
 
-    return listener
+    return run
+
+
+def _behind(listener: Callable[..., bool], listeners: Any) -> Iterator[Callable[..., Any]]:
+    every = iter(listeners)
+    for each in every:
+        if each is listener:
+            break
+    yield from every
 
 
 def _told(step: Callable[[Any], None], tell: list[Callable[[Any], None]]) -> Callable[[Any], None]:
     def run(pooled: PoolProxiedConnection) -> None:
+        note_begin(pooled)
         for each in tell:
             each(pooled)
         step(pooled)

@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine
 
+from aftercommit.watch.notes import NOTES, link_notes, notes_of
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -49,7 +51,7 @@ def view_of(engine: Engine, **options: Any) -> Engine:
     # As its own attributes: the class has descriptors of these names.
     vars(view).update(
         dispatch=engine.dispatch,
-        _connection_cls=engine._connection_cls,  # noqa: SLF001  # see sessions.ledger.watch
+        _connection_cls=engine._connection_cls,  # noqa: SLF001  # see private_names
         raw_connection=partial(_take_by_view, engine, options),
     )
     return view
@@ -62,7 +64,7 @@ def async_view_of(engine: AsyncEngine, **options: Any) -> AsyncEngine:
 
 def taken_with(pooled: PoolProxiedConnection, option: str) -> Any:
     """What the view by which a connection was taken says of *option*; None if it was taken past the views."""
-    options: Mapping[str, Any] | None = pooled.info.get(_OPTIONS)
+    options: Mapping[str, Any] | None = notes_of(pooled).get(_OPTIONS)
     return None if options is None else options.get(option)
 
 
@@ -74,32 +76,32 @@ def _take_by_view(engine: Engine, options: Mapping[str, Any]) -> PoolProxiedConn
         _by_view.reset(token)
 
 
-def _taken(engine: Engine, connection: Any, record: Any, _proxy: Any) -> None:
+def _taken(engine: Engine, connection: Any, entry: Any, pooled: PoolProxiedConnection) -> None:
     options = _by_view.get()
-    info = record.info
-    info[_OPTIONS] = options
+    notes = vars(pooled).get(NOTES) or link_notes(entry, pooled)
+    notes[_OPTIONS] = options
     wanted = None if options is None else options.get(LEVEL)
     if wanted is not None:
-        _set_level(engine, connection, info, wanted)
-    elif LEVEL in info:
+        _set_level(engine, connection, notes, wanted)
+    elif LEVEL in notes:
         # A view has left it, and this one is taken past the views.
         engine.dialect.reset_isolation_level(connection)
-        del info[LEVEL]
+        del notes[LEVEL]
 
 
 def _set_again(connection: Connection) -> None:
     wanted = connection.get_execution_options().get(LEVEL)
     if wanted is not None:
         pooled = connection.connection
-        _set_level(connection.engine, pooled.dbapi_connection, pooled.info, wanted)
+        _set_level(connection.engine, pooled.dbapi_connection, notes_of(pooled), wanted)
 
 
-def _set_level(engine: Engine, driver: Any, info: Any, wanted: str) -> None:
+def _set_level(engine: Engine, driver: Any, notes: dict[str, Any], wanted: str) -> None:
     # Our note alone does not say it: SQLAlchemy sets back what somebody set on the connection himself.
-    if info.get(LEVEL) != wanted or _level_of(driver) != wanted:
+    if notes.get(LEVEL) != wanted or _level_of(driver) != wanted:
         dialect: Any = engine.dialect
         dialect.set_isolation_level(driver, wanted)
-        info[LEVEL] = wanted
+        notes[LEVEL] = wanted
 
 
 def _level_of(driver: Any) -> str | None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from aftercommit.records.happenings import NewEvent
     from aftercommit.runner.listening import Herald
     from aftercommit.runner.runner import Runner
-    from aftercommit.sessions import Line
+    from aftercommit.sessions import CallSite
     from aftercommit.tasks import Task
     from aftercommit.tasks.arguments import Handed
 
@@ -228,7 +228,7 @@ class Outbox:
                 self.runner.release(entry.reserved)
                 entry.reserved = None
 
-    def lost(self, entries: Sequence[Wanted], lines: Sequence[Line | None]) -> None:
+    def lost(self, entries: Sequence[Wanted], lines: Sequence[CallSite | None]) -> None:
         """Tell of work that can no longer start."""
         names = tuple(entry.name for entry in entries)
         where = tuple("unknown line" if line is None else str(line) for line in lines)

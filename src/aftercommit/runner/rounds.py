@@ -20,8 +20,8 @@ from aftercommit.records import moves, sweeping, waiting, workers
 from aftercommit.runner.backends import Backends
 from aftercommit.runner.lanes import STUCK_SECONDS
 from aftercommit.runner.run import Run
-from aftercommit.runner.whereabouts import line_on_loop
 from aftercommit.tasks.transient import Fault, fault_of
+from aftercommit.watch.loop_monitor import line_on_loop
 from aftercommit.wording import without_values
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Protocol, TypeVar
 
 from aftercommit.errors import ConfigurationError
 from aftercommit.pools.pools import REQUEST
-from aftercommit.pools.watchman import Watchman
 from aftercommit.runner.budgeting import check_budget, check_processes
 from aftercommit.runner.listening import Herald
+from aftercommit.watch.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -90,7 +90,7 @@ class Running:
         self._strict = strict
         self._runner: Runner | None = None
         self._herald: Herald | None = None
-        self._watchman: Watchman | None = None
+        self._watchdog: Watchdog | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
 
@@ -137,13 +137,13 @@ class Running:
         finally:
             if runner is not None:
                 self._home.outbox.runner = None
-            watchman, self._watchman = self._watchman, None
-            if watchman is not None:
-                await asyncio.to_thread(watchman.stop)
+            watchdog, self._watchdog = self._watchdog, None
+            if watchdog is not None:
+                await asyncio.to_thread(watchdog.stop)
 
     def _watch(self) -> None:
-        self._watchman = Watchman(self._home.sessions.pools.report_late)
-        self._watchman.start()
+        self._watchdog = Watchdog(self._home.sessions.pools.report_late)
+        self._watchdog.start()
 
     def _hand_over_only(self, *, durable: bool) -> None:
         """Tell other processes of what is queued here; they would find it by polling, only later."""

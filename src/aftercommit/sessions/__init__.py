@@ -3,13 +3,13 @@
 from aftercommit.sessions.ended import end_for_good
 from aftercommit.sessions.factory import SessionFactory
 from aftercommit.sessions.opened import AsyncOpened, Opened, SyncOpened, is_async_callable, to_the_end
-from aftercommit.sessions.owner import Line, Owner, line_of, serving, user_line
 from aftercommit.sessions.scopes import AsyncScope, Scope, shielded
+from aftercommit.watch.owners import CallSite, Owner, line_of, serving, user_line
 
 __all__ = [
     "AsyncOpened",
     "AsyncScope",
-    "Line",
+    "CallSite",
     "Opened",
     "Owner",
     "Scope",

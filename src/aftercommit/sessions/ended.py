@@ -7,24 +7,22 @@ commits it. So at its end a session of ours changes its class, once, to one that
 from __future__ import annotations
 
 import time
-from functools import cache, partial
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NoReturn
 
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
-from sqlalchemy.orm.exc import DetachedInstanceError
 
 from aftercommit.errors import SessionEnded
-from aftercommit.sessions.owner import OWNER, Owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from sqlalchemy.orm import InstanceState
+    from aftercommit.watch.owners import Owner
 
-__all__ = ["end_for_good", "explain_survivors"]
+__all__ = ["end_for_good"]
 
-_ENDED: Final = "aftercommit.ended"
+_ENDED: Final = "_aftercommit_ended"
 
 # What may still be read, because it opens nothing; `sync_session` is how SQLAlchemy itself gets from one to the other.
 _HARMLESS: Final = frozenset(
@@ -51,33 +49,10 @@ def end_for_good(session: Session | AsyncSession, owner: Owner) -> None:
     ``rollback()`` and ``close()`` stay harmless, so that a ``finally`` of somebody else's does not fail.
     """
     sync = session.sync_session if isinstance(session, AsyncSession) else session
-    sync.info[_ENDED] = (owner, time.monotonic())
+    vars(sync)[_ENDED] = (owner, time.monotonic())
     if sync is not session:
         _change_class(session)
     _change_class(sync)
-
-
-def explain_survivors(session: Session, owner: Owner) -> None:
-    """Have the instances in *session*, which is about to be closed, say whose they were if they are used too late.
-
-    SQLAlchemy has no event for that; it loads the attributes of an instance that was expired by way of its state.
-    Where it no longer does, its own error stands alone.
-    """
-    ended_at = time.monotonic()
-    for state in session.identity_map.all_states():
-        vars(state)["_load_expired"] = partial(_load_expired, owner, ended_at)
-
-
-def _load_expired(owner: Owner, ended_at: float, state: InstanceState[Any], passive: Any) -> Any:
-    try:
-        return type(state)._load_expired(state, state, passive)  # noqa: SLF001  # see explain_survivors
-    except DetachedInstanceError as exc:
-        exc.add_note(
-            f"Its session belonged to {owner} and ended {time.monotonic() - ended_at:.3f} s ago; a commit expires what "
-            "was loaded. Read what you need before the end; hand a row over to a task as it is, where the parameter is "
-            "annotated with its class, or load it in the session that is open now: session.get(…, id)."
-        )
-        raise
 
 
 def _change_class(session: Session | AsyncSession) -> None:
@@ -115,7 +90,7 @@ def _iterate(self: Any) -> NoReturn:
 
 def _refuse(session: Any, operation: str) -> NoReturn:
     sync = session.sync_session if isinstance(session, AsyncSession) else session
-    owner, since = sync.info.get(_ENDED) or (sync.info.get(OWNER) or Owner("unknown"), time.monotonic())
+    owner, since = vars(sync)[_ENDED]
     ago = time.monotonic() - since
     how = "async with db.async_session() as session:" if sync is not session else "with db.session() as session:"
     kind = "AsyncSession" if sync is not session else "Session"

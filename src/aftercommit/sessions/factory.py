@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from aftercommit.pools import Pools
-    from aftercommit.sessions.owner import Owner
+    from aftercommit.watch.owners import Owner
 
 __all__ = ["SessionFactory"]
 

@@ -12,14 +12,16 @@ from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from aftercommit.sessions.ended import end_for_good, explain_survivors
-from aftercommit.sessions.leaks import put_on_leash
-from aftercommit.sessions.owner import OWNER, Owner
-from aftercommit.sessions.sharing import Guard, guard_session
+from aftercommit import commits
+from aftercommit.sessions.ended import end_for_good
+from aftercommit.watch.leaks import watch_session
+from aftercommit.watch.sharing import Guard, guard_session
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
     from types import TracebackType
+
+    from aftercommit.watch.owners import Owner
 
 __all__ = ["AsyncScope", "Scope", "shielded"]
 
@@ -36,14 +38,13 @@ class Scope:
         keeps_rows: Whether rows that were only read may be read after the end.
     """
 
-    __slots__ = ("_guard", "_keeps_rows", "_leash", "owner", "session")
+    __slots__ = ("_guard", "_keeps_rows", "_watch", "owner", "session")
 
     def __init__(self, make: Callable[[], Session], owner: Owner, *, pool: str, keeps_rows: bool = False) -> None:
         self.owner = owner
         self.session = make()
-        self.session.info[OWNER] = owner
-        self._leash = put_on_leash(self.session, owner, pool)
-        self._guard = guard_session(self.session, owner)
+        self._watch = watch_session(self.session, owner, pool)
+        self._guard = guard_session(self.session, owner, commits.listen)
         self._keeps_rows = keeps_rows
 
     def __enter__(self) -> Session:
@@ -78,11 +79,10 @@ class Scope:
                 _roll_back(self.session)
         finally:
             try:
-                explain_survivors(self.session, self.owner)
                 self.session.close()
             finally:
                 end_for_good(self.session, self.owner)
-                self._leash.take_off()
+                self._watch.close()
                 if is_first:
                     self._guard.leave()
 
@@ -97,14 +97,13 @@ class AsyncScope:
         keeps_rows: Whether rows that were only read may be read after the end.
     """
 
-    __slots__ = ("_guard", "_keeps_rows", "_leash", "owner", "session")
+    __slots__ = ("_guard", "_keeps_rows", "_watch", "owner", "session")
 
     def __init__(self, make: Callable[[], AsyncSession], owner: Owner, *, pool: str, keeps_rows: bool = False) -> None:
         self.owner = owner
         self.session = make()
-        self.session.sync_session.info[OWNER] = owner
-        self._leash = put_on_leash(self.session.sync_session, owner, pool)
-        self._guard = guard_session(self.session, owner)
+        self._watch = watch_session(self.session.sync_session, owner, pool)
+        self._guard = guard_session(self.session, owner, commits.listen)
         self._keeps_rows = keeps_rows
 
     async def __aenter__(self) -> AsyncSession:
@@ -147,11 +146,10 @@ class AsyncScope:
         if type(self.session).close is not AsyncSession.close or "close" in vars(self.session):
             return False
         try:
-            explain_survivors(session, self.owner)
             session.close()
         finally:
             end_for_good(self.session, self.owner)
-            self._leash.take_off()
+            self._watch.close()
         return True
 
     async def _finish(self, *, commit: bool) -> None:
@@ -171,11 +169,10 @@ class AsyncScope:
                     await session.run_sync(_roll_back)
             finally:
                 try:
-                    explain_survivors(session.sync_session, self.owner)
                     await session.close()
                 finally:
                     end_for_good(session, self.owner)
-                    self._leash.take_off()
+                    self._watch.close()
                     if is_first:
                         self._guard.leave()
 

@@ -14,9 +14,9 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
 from aftercommit.errors import ConfigurationError, HandOverError, TaskDefinitionError
-from aftercommit.pools.lines import line_of
 from aftercommit.tasks.figures import TaskFigures
 from aftercommit.tasks.options import Options
+from aftercommit.watch.call_sites import line_of
 
 if TYPE_CHECKING:
     from datetime import datetime

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, replace
 
-from aftercommit.pools.timing import Meter
+from aftercommit.watch.timing import Meter
 
 __all__ = ["Counts", "TaskFigures"]
 

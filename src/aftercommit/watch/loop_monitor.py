@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from aftercommit.pools.lines import is_users
+from aftercommit.watch.call_sites import is_users
 
 if TYPE_CHECKING:
     from types import FrameType

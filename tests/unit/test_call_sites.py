@@ -9,7 +9,7 @@ import fastapi
 import pytest
 import sqlalchemy
 
-from aftercommit.pools.lines import Line, line_of, user_line
+from aftercommit.watch.call_sites import CallSite, line_of, user_line
 
 SOURCE = """
 def ask(look):
@@ -17,7 +17,7 @@ def ask(look):
 """
 
 
-def asked_from(file: str) -> Line | None:
+def asked_from(file: str) -> CallSite | None:
     """The line that is found when a function of *file* asks."""
     space: dict[str, Any] = {}
     exec(compile(SOURCE, file, "exec"), space)
@@ -78,7 +78,7 @@ def test_an_object_that_is_called_is_found_by_its_call() -> None:
 def test_lines_are_counted_when_somebody_asks() -> None:
     """The line of a place is the one that its code had come to, however long the function goes on after it."""
 
-    def ask() -> tuple[Line | None, Line | None]:
+    def ask() -> tuple[CallSite | None, CallSite | None]:
         first = user_line()
         second = (
             0,

@@ -1,7 +1,7 @@
 """A connection that is in use: who has it, since when, and what it is doing.
 
-Noted for every session and every statement there is, and looked at by nearly nobody: so what whoever asks can find out
-himself is not noted, and the rest is noted with as few calls as can be.
+Noted for every session and every statement there is, and hardly ever read: so what the reader can find out is not
+noted, and the rest is noted with as few calls as can be.
 """
 
 from __future__ import annotations
@@ -11,43 +11,31 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+from aftercommit.watch.call_sites import session_begins
+from aftercommit.watch.deadlocks import this_context
+from aftercommit.watch.notes import notes_of
+from aftercommit.watch.owners import Owner
 
-    from sqlalchemy import Connection, Engine, Pool, PoolProxiedConnection
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy import Connection, PoolProxiedConnection
     from sqlalchemy.pool import ConnectionPoolEntry
 
-    from aftercommit.pools.lines import Line
-    from aftercommit.pools.standstill import Flow
+    from aftercommit.watch.call_sites import CallSite
+    from aftercommit.watch.deadlocks import ExecutionContext, Takers
 
-__all__ = [
-    "HOLD",
-    "KEPT",
-    "OF_SESSION",
-    "Hold",
-    "at_work",
-    "hold_of",
-    "note_lock",
-    "note_statements",
-    "shortened",
-]
+__all__ = ["HELD", "HeldConnection", "at_work", "held_by", "hold_of", "note_begin", "note_lock", "shortened"]
 
-HOLD: Final = "aftercommit.hold"
-"""Where a connection has its hold: the key in the ``record_info`` of what is pooled."""
-
-OF_SESSION: Final = "aftercommit.leash"
-"""Where a session of ours has its own: the key in its ``info``."""
-
-KEPT: Final = "_aftercommit_hold"
-"""The attribute by which a connection knows its hold, in which is noted what is run on it."""
+HELD: Final = "_aftercommit_held"
+"""Where it stands who holds a connection: SQLAlchemy's has it as an attribute, the pool's in its notes."""
 
 _OPEN: Final = frozenset({2, 3})
 """Of libpq's PGTransactionStatusType: in a transaction, and in one that has failed."""
-_EXECUTE: Final = ("do_execute", "do_executemany", "do_execute_no_params")
 _STATEMENT: Final = 200
 
 
-class Hold:
+class HeldConnection:
     """A connection that is in use. Times are of the monotonic clock.
 
     It has no constructor: what it may know later stands in the class until then.
@@ -56,11 +44,12 @@ class Hold:
         since: When it was taken.
         entry: What was taken, as the pool has it; None before, and once it is back.
         pool: Where it is from, if that is a pool of ours.
-        flow: Who took it, if whoever takes it there gives it back there: not if it was taken by hand.
+        context: Where it was taken, if it is given back there, too: not if it was taken by hand.
         opened_by: The thread that opened the session, where it is the one that ends it; None where others may.
         owner: Who has it; its text says so, with the line where that is known.
         kind: Of the owner: ``"request"``, ``"task"`` or ``"code"``.
         line: Where it was taken from the engine by hand; None where it was not.
+        is_doubtful: Whether its BEGIN is to say that a session took it.
         allowed: Seconds that its owner may take, where that is known (a task's ``timeout``).
         statement: The statement that was run last.
         done_since: When that one was done; None during a statement.
@@ -73,12 +62,13 @@ class Hold:
 
     since: float
     entry: ConnectionPoolEntry | None = None
-    pool: Pool | None = None
-    flow: Flow | None = None
+    pool: Takers | None = None
+    context: ExecutionContext | None = None
     opened_by: int | None = None
     owner: Any = "code that took it from the engine"
     kind: str = "code"
-    line: Line | None = None
+    line: CallSite | None = None
+    is_doubtful: bool = False
     allowed: float | None = None
     statement: str | None = None
     done_since: float | None = None
@@ -88,6 +78,11 @@ class Hold:
     told_lock: float | None = None
     connection: ref[Connection] | None = None
 
+    def become_own_session(self, line: CallSite | None) -> None:
+        """A session of the application's own has it, made by hand on an engine of ours."""
+        self.owner, self.line = Owner("a session of the application's own", line), None
+        self.context = this_context()
+
     @property
     def holder(self) -> str:
         """Who has it, and the line that took it."""
@@ -96,7 +91,7 @@ class Hold:
     def idle(self, now: float) -> float | None:
         """Seconds for which its transaction has been open and nothing was done in it; None if that is not so."""
         done = self.done_since
-        # Only whoever asks pays for it: commits and rollbacks are not noted.
+        # Paid for by who asks: commits and rollbacks are not noted.
         return max(0.0, now - done) if done is not None and self._is_in_transaction() else None
 
     def locked_since(self) -> float | None:
@@ -143,29 +138,42 @@ class Hold:
             return False
 
 
-def hold_of(connection: Connection) -> Hold | None:
-    """The hold of a connection that is in use, from now on kept on it; None if it is from no pool of ours."""
-    facts = connection.connection.record_info
-    hold: Hold | None = None if facts is None else facts.get(HOLD)
-    if hold is None or hold.entry is None:
-        return None
-    connection.__dict__[KEPT] = hold
-    hold.connection = ref(connection)
-    return hold
+def held_by(pooled: PoolProxiedConnection) -> HeldConnection | None:
+    """What is noted of a connection, as the pool gave it out; None if it is from no pool of ours."""
+    held: HeldConnection | None = notes_of(pooled).get(HELD)
+    return held if held is not None and held.entry is not None else None
+
+
+def hold_of(connection: Connection) -> HeldConnection | None:
+    """What is noted of a connection that is in use, from now on kept on it; None if it is from no pool of ours."""
+    held = held_by(connection.connection)
+    if held is not None:
+        connection.__dict__[HELD] = held
+        held.connection = ref(connection)
+    return held
 
 
 def note_lock(pooled: PoolProxiedConnection) -> None:
     """Note that a connection has taken SQLite's write lock."""
-    facts = pooled.record_info
-    hold: Hold | None = None if facts is None else facts.get(HOLD)
-    if hold is not None:
-        hold.took_lock = time.monotonic()
+    held = held_by(pooled)
+    if held is not None:
+        held.took_lock = time.monotonic()
+
+
+def note_begin(pooled: PoolProxiedConnection) -> None:
+    """Note that a transaction is begun on a connection: a session that does so, and was not known, is its holder."""
+    held = held_by(pooled)
+    if held is not None and held.is_doubtful:
+        held.is_doubtful = False
+        line = session_begins()
+        if line is not None:
+            held.become_own_session(line)
 
 
 @contextmanager
 def at_work(connection: Connection) -> Iterator[None]:
     """Note that *connection* works on the statement that it has run last: more of its rows are fetched."""
-    hold: Hold | None = connection.__dict__.get(KEPT)
+    hold: HeldConnection | None = connection.__dict__.get(HELD)
     if hold is None:
         yield
         return
@@ -174,36 +182,6 @@ def at_work(connection: Connection) -> Iterator[None]:
         yield
     finally:
         hold.done_since = time.monotonic()
-
-
-def note_statements(engine: Engine) -> None:
-    """Have each connection of *engine*, and of its views, know which statement it has run last, and when."""
-    # In the dialect's methods, which every statement passes through: see `steps` for why not by the engine's events.
-    # Its own events come before them, and may wait for SQLite's lock: what waits there is not running yet.
-    dialect: Any = engine.dialect
-    for name in _EXECUTE:
-        vars(dialect)[name] = _noted(getattr(dialect, name))
-
-
-def _noted(execute: Callable[..., None]) -> Callable[..., None]:
-    # A statement comes with its cursor, its parameters where it has any, and last its context.
-    def run(cursor: Any, statement: str, *rest: Any) -> None:
-        connection: Connection = rest[-1].root_connection
-        hold: Hold | None = connection.__dict__.get(KEPT)
-        if hold is None or hold.entry is None:
-            hold = hold_of(connection)
-            if hold is None:
-                # Detached from its pool, it is nobody's business any more.
-                execute(cursor, statement, *rest)
-                return
-        hold.statement = statement
-        hold.done_since = None
-        try:
-            execute(cursor, statement, *rest)
-        finally:
-            hold.done_since = time.monotonic()
-
-    return run
 
 
 def shortened(statement: str) -> str:

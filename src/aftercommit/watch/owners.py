@@ -5,22 +5,19 @@ from __future__ import annotations
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from aftercommit.pools.lines import Line, line_of, user_line
+from aftercommit.watch.call_sites import CallSite, line_of, user_line
 
 if TYPE_CHECKING:
     from uuid import UUID
 
-__all__ = ["OWNER", "Line", "Owner", "line_of", "serving", "user_line"]
-
-OWNER: Final = "aftercommit.owner"
-"""The key in ``session.info``."""
+__all__ = ["CallSite", "Owner", "line_of", "serving", "user_line"]
 
 serving: Final[ContextVar[str | None]] = ContextVar("aftercommit_serving", default=None)
 """The request that has a session of ours here: what opens another one here says so. Its name, never the session."""
 
 
 class Owner(NamedTuple):
-    """Who has a session; a tuple, as ``Line`` is.
+    """Who has a session; a tuple, as ``CallSite`` is.
 
     Attributes:
         name: A request line (``POST /files``), a task's name, or ``code``, with the request or task in which that runs,
@@ -34,7 +31,7 @@ class Owner(NamedTuple):
     """
 
     name: str
-    line: Line | None = None
+    line: CallSite | None = None
     kind: str = "code"
     allowed: float | None = None
     task_id: UUID | None = None

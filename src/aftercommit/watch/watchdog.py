@@ -11,15 +11,15 @@ from aftercommit.wording import without_values
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["Watchman"]
+__all__ = ["Watchdog"]
 
 logger = logging.getLogger(__name__)
 
 _EVERY: Final = 1.0
 
 
-class Watchman:
-    """A thread that makes its round for as long as tasks run, or an application is up.
+class Watchdog:
+    """A thread that looks around for as long as tasks run, or an application is up.
 
     Args:
         look: One round.
@@ -28,7 +28,7 @@ class Watchman:
     def __init__(self, look: Callable[[], None]) -> None:
         self._look = look
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._serve, name="aftercommit-watchman", daemon=True)
+        self._thread = threading.Thread(target=self._serve, name="aftercommit-watchdog", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
@@ -45,4 +45,4 @@ class Watchman:
                 self._look()
             except Exception as exc:
                 # Whatever it stumbled over must not end the watch.
-                logger.error("A round of the watchman failed", exc_info=without_values(exc))  # noqa: TRY400
+                logger.error("A round of the watchdog failed", exc_info=without_values(exc))  # noqa: TRY400

@@ -26,16 +26,18 @@ from sqlalchemy.engine.cursor import BufferedRowCursorFetchStrategy
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, SessionTransaction
 
-from aftercommit import commits
 from aftercommit.errors import SessionShared
-from aftercommit.pools.holds import at_work
-from aftercommit.pools.lines import Line, is_machinery, is_users, line_at
-from aftercommit.sessions import leaks
-from aftercommit.sessions.owner import Owner
+from aftercommit.watch import leaks
+from aftercommit.watch.call_sites import CallSite, is_machinery, is_users, line_at
+from aftercommit.watch.deadlocks import this_context
+from aftercommit.watch.holders import at_work
+from aftercommit.watch.owners import Owner
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from types import FrameType
+
+    Listen = Callable[[Session | type[Session]], None]
 
 __all__ = ["Guard", "guard_session"]
 
@@ -96,6 +98,11 @@ class Guard:
         self._user = me
         self._operation = operation
         return True
+
+    @property
+    def is_entered(self) -> bool:
+        """Whether a call is under way."""
+        return self._user is not None
 
     def leave(self) -> None:
         """The call is over."""
@@ -163,8 +170,15 @@ class Guard:
         )
 
 
-def guard_session(session: Session | AsyncSession, owner: Owner) -> Guard:
-    """Give a new session its guard: from now on a second user of it is refused."""
+def guard_session(session: Session | AsyncSession, owner: Owner, listen: Listen | None = None) -> Guard:
+    """Give a new session its guard: from now on a second user of it is refused.
+
+    Args:
+        session: A new one.
+        owner: Who has it.
+        listen: Adds whatever else listens to sessions of ours: to their class, as that is made, or to one that has
+            listeners of its own already.
+    """
     if isinstance(session, AsyncSession):
         sync = session.sync_session
         guard = Guard(owner, is_async=True)
@@ -175,39 +189,54 @@ def guard_session(session: Session | AsyncSession, owner: Owner) -> Guard:
         sync = session
         guard = Guard(owner, is_async=False)
     vars(sync)[_GUARD] = guard
+    watch = leaks.watch_of(sync)
+    if watch is not None:
+        watch.guard = guard
+    has_listeners = "dispatch" in vars(sync)
     sync_kind: Any = type(sync)
-    sync.__class__ = _guarded(sync_kind)
-    if "dispatch" in vars(sync):
-        # It was listened to while it was made, and goes on by the listeners of the class that it had then.
-        _listen(sync)
+    sync.__class__ = _guarded(sync_kind, listen)
+    if has_listeners:
+        # Its own constructor has asked for events, and from then on a session hears those of the class it had then.
+        _listen(sync, listen)
     return guard
 
 
-def _listen(target: Session | type[Session]) -> None:
-    """Listen to a class of guarded sessions, or to one session that has listeners of its own already."""
+def _listen(target: Session | type[Session], others: Listen | None) -> None:
     event.listen(target, "after_flush", _after_flush)
     leaks.listen(target)
-    commits.listen(target)
+    if others is not None:
+        others(target)
 
 
 def _after_flush(session: Session, _context: object) -> None:
-    guard: Guard | None = vars(session).get(_GUARD)
-    if guard is not None:
-        guard.may_have_written = True
+    guard: Guard = vars(session)[_GUARD]
+    guard.may_have_written = True
 
 
 # --- the classes ------------------------------------------------------------------------------------------------
 
 
 @cache
-def _guarded(kind: type[Session]) -> type[Session]:
+def _guarded(kind: type[Session], listen: Listen | None) -> type[Session]:
     methods = {name: _method(kind, name) for name in _METHODS if hasattr(kind, name)}
     # `with session.begin():` ends the transaction past the session, and so may whoever asks for it.
     given = ("begin", "get_transaction", "get_nested_transaction")
     giving = {name: _giving(methods.get(name) or getattr(kind, name)) for name in given}
-    made = _subclass(kind, {**methods, **giving, "_execute_internal": _execute(kind)})
-    _listen(made)
+    made = _subclass(kind, {**methods, **giving, "_execute_internal": _execute(kind), "get_bind": _get_bind(kind)})
+    _listen(made, listen)
     return made
+
+
+def _get_bind(kind: type[Session]) -> Callable[..., Any]:
+    def get_bind(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bind = kind.get_bind(self, *args, **kwargs)
+        watch = leaks.watch_of(self)
+        if watch is not None and watch.entry is None and self.__dict__[_GUARD].is_entered:
+            # The session is about to take a connection: its pool will want to know whose it is.
+            this_context().taking = watch
+        return bind
+
+    return get_bind
 
 
 @cache
@@ -372,7 +401,7 @@ def _name(user: Any) -> str:
     return next((f"thread {each.name!r}" for each in threading.enumerate() if each.ident == user), "another thread")
 
 
-def _line_of(user: Any) -> Line | None:
+def _line_of(user: Any) -> CallSite | None:
     """The line from which somebody uses the session, looked for only now that it is asked for."""
     frames = _awaited(user) if isinstance(user, asyncio.Task) else _stack(sys._current_frames().get(user))  # noqa: SLF001
     is_inside = True

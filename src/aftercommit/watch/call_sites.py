@@ -1,4 +1,4 @@
-"""Which line of the user's code asked for something: the frames of libraries are left out."""
+"""Which line of the application's code asked for something: the frames of libraries are left out."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy.engine.base
 import sqlalchemy.orm.session
-import sqlalchemy.pool.base
 
 if TYPE_CHECKING:
     from types import CodeType, FrameType
 
-    from sqlalchemy.orm import Session
+__all__ = [
+    "CallSite",
+    "find_taker",
+    "is_machinery",
+    "is_users",
+    "line_at",
+    "line_of",
+    "session_begins",
+    "user_line",
+]
 
-__all__ = ["Line", "is_machinery", "is_users", "line_at", "line_of", "session_taking", "user_line"]
 
-
-class Line(tuple["CodeType", int]):
+class CallSite(tuple["CodeType", int]):
     """A place in the source.
 
     One is made for every session, and looked at by nearly nobody. So it is a tuple, which is made without a call of
@@ -60,15 +66,12 @@ _MODULES: Final = (contextlib, threading)
 _PACKAGES: Final = (asyncio, concurrent.futures, sqlalchemy)
 # Found without being imported: they are optional, and an application may bring its own of any name.
 _OPTIONAL: Final = ("anyio", "fastapi", "greenlet", "sqlmodel", "starlette", "uvicorn")
-_MACHINERY: Final = tuple(
-    str(Path(file).parent) + os.sep for file in (Path(__file__).parent, sqlalchemy.__file__ or "")
-)
+_OURS: Final = str(Path(__file__).parent.parent) + os.sep
+_MACHINES: Final = (_OURS, str(Path(sqlalchemy.__file__ or "").parent) + os.sep)
 _SESSIONS: Final = sqlalchemy.orm.session.__file__
-_TAKES: Final = "_connection_for_bind"
-"""The method of a ``SessionTransaction`` that takes a connection from an engine."""
-_ENGINES: Final = frozenset(
-    {sqlalchemy.pool.base.__file__, sqlalchemy.engine.base.__file__, str(Path(__file__).parent / "views.py")}
-)
+_ENGINE: Final = str(Path(sqlalchemy.engine.base.__file__).parent) + os.sep
+_WRAPPERS: Final = 16
+"""How many frames are looked at for a session behind an engine or a pool whose methods are wrapped."""
 _BEFORE: Final = -1
 """How far code has come that was not begun; its line is the one that defines it."""
 
@@ -85,58 +88,86 @@ def _roots() -> tuple[str, ...]:
     return (*(root + os.sep for root in roots), *(each.__file__ or "" for each in _MODULES), "<")
 
 
-@cache
-def _is_library(file: str) -> bool:
-    return file.startswith(_roots())
+class _Kinds(dict[str, int]):
+    """Whose each source file is: found once, and looked up for each frame."""
+
+    def __missing__(self, file: str) -> int:
+        kind = _MACHINERY if file.startswith(_MACHINES) else _LIBRARY if file.startswith(_roots()) else _USERS
+        self[file] = kind
+        return kind
+
+
+_USERS: Final = 0
+_LIBRARY: Final = 1
+_MACHINERY: Final = 2
+_kinds: Final = _Kinds()
 
 
 def is_users(file: str) -> bool:
     """Whether a source file belongs to no library."""
-    return not _is_library(file)
+    return _kinds[file] == _USERS
 
 
 def is_machinery(file: str) -> bool:
     """Whether a source file is this library's, or SQLAlchemy's."""
-    return file.startswith(_MACHINERY)
+    return _kinds[file] == _MACHINERY
 
 
-def user_line(behind: int = 0) -> Line | None:
+def user_line(behind: int = 0) -> CallSite | None:
     """The innermost line of the stack that belongs to no library; None where there is none.
 
     Args:
         behind: How many callers, counted from the one that calls this, are known to be this library's.
     """
     # inspect.stack() would read source files; and each frame that is looked at must be made an object for that.
-    frame: FrameType | None = sys._getframe(1 + behind)  # noqa: SLF001  # see above
+    return _line_from(sys._getframe(1 + behind))  # noqa: SLF001  # see above
+
+
+def _line_from(frame: FrameType | None) -> CallSite | None:
     while frame is not None:
-        if not _is_library(frame.f_code.co_filename):
-            return Line((frame.f_code, frame.f_lasti))
+        if not _kinds[frame.f_code.co_filename]:
+            return CallSite((frame.f_code, frame.f_lasti))
         frame = frame.f_back
     return _behind_greenlets()
 
 
-def session_taking() -> Session | None:
-    """The session that takes a connection, asked by the pool that gives it; None where it is taken by hand.
+def find_taker() -> tuple[CallSite | None, bool | None]:
+    """Find who takes a connection, asked by the pool that gives it: from which line, and whether a session does.
 
-    Whoever is behind the engine's own frames has asked for it, and no listener that happens to run meanwhile: a session
-    asks in one place, where it is known by the transaction that it begins.
+    The second is None where that is seen only at its BEGIN.
+
+    By the files on the stack: whatever wraps an engine may stand in between, and so may a listener that takes one by
+    hand in the middle of a session's work. Which of the two it is, says the BEGIN: the session sends its own.
     """
-    # The pool's own `connect`, as seen from here, by way of its register.
-    frame: FrameType | None = sys._getframe(5)  # noqa: SLF001  # see user_line
-    while frame is not None and frame.f_code.co_filename in _ENGINES:
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  # see user_line
+    while frame is not None and _kinds[file := frame.f_code.co_filename] == _MACHINERY:
+        if file == _SESSIONS:
+            return _line_from(frame), True
         frame = frame.f_back
-    if frame is None or frame.f_code.co_name != _TAKES or frame.f_code.co_filename != _SESSIONS:
-        return None
-    session: Session | None = getattr(frame.f_locals.get("self"), "session", None)
-    return session
+    line = _line_from(frame)
+    for _ in range(_WRAPPERS):
+        if frame is None:
+            break
+        if frame.f_code.co_filename == _SESSIONS:
+            return line, None
+        frame = frame.f_back
+    return line, False
 
 
-def line_at(frame: FrameType) -> Line:
+def session_begins() -> CallSite | None:
+    """The line that uses the session which sends a BEGIN, asked by the dialect; None if no session sends it."""
+    frame: FrameType | None = sys._getframe(1)  # noqa: SLF001  # see user_line
+    while frame is not None and (frame.f_code.co_filename.startswith((_ENGINE, _OURS))):
+        frame = frame.f_back
+    return _line_from(frame) if frame is not None and frame.f_code.co_filename == _SESSIONS else None
+
+
+def line_at(frame: FrameType) -> CallSite:
     """Where *frame* is at this moment."""
-    return Line((frame.f_code, frame.f_lasti))
+    return CallSite((frame.f_code, frame.f_lasti))
 
 
-def line_of(function: Any) -> Line | None:
+def line_of(function: Any) -> CallSite | None:
     """Where *function* is defined, whatever it is wrapped in; None for what has no source."""
     while True:
         inner = function.func if isinstance(function, partial) else getattr(function, "__wrapped__", None)
@@ -144,17 +175,17 @@ def line_of(function: Any) -> Line | None:
             break
         function = inner
     code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
-    return None if code is None else Line((code, _BEFORE))
+    return None if code is None else CallSite((code, _BEFORE))
 
 
-def _behind_greenlets() -> Line | None:
+def _behind_greenlets() -> CallSite | None:
     # SQLAlchemy runs what is behind an AsyncSession in a greenlet: who called it stands in the one outside.
     greenlet = sys.modules.get("greenlet")
     outer = None if greenlet is None else greenlet.getcurrent().parent
     while outer is not None:
         frame = outer.gr_frame
         while frame is not None:
-            if not _is_library(frame.f_code.co_filename):
+            if not _kinds[frame.f_code.co_filename]:
                 return line_at(frame)
             frame = frame.f_back
         outer = outer.parent

@@ -8,7 +8,7 @@ from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from aftercommit.runner.whereabouts import line_on_loop
+from aftercommit.watch.loop_monitor import line_on_loop
 
 TIMEOUT = 30.0
 
@@ -62,7 +62,7 @@ def test_the_innermost_line_of_the_application_is_named() -> None:
         line = line_on_loop(thread)
 
     assert line is not None
-    assert "test_whereabouts.py:" in line
+    assert "test_loop_monitor.py:" in line
     assert line.endswith(" in wait")
 
 
