@@ -213,10 +213,8 @@ class Rounds:
             yield self._write_progress
         if runner.herald.due() == 0.0:
             yield runner.herald.send
-        if now >= self._next_prune:
-            yield self._prune
-        if now >= self._next_sweep:
-            yield self._look_at_all
+        rare = ((self._next_prune, self._prune), (self._next_sweep, self._look_at_all))
+        yield from (duty for when, duty in rare if now >= when)
 
     def stay_alive(self) -> None:
         """Renew our row if a heartbeat is due: in the middle of a round, or of many jobs, each may take its second."""
