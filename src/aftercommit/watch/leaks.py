@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import logging
 import threading
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Final
 from weakref import ref
 
@@ -27,7 +28,7 @@ from aftercommit.watch.deadlocks import this_context
 from aftercommit.watch.holders import HELD, HeldConnection, held_by, hold_of
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from sqlalchemy import PoolProxiedConnection
     from sqlalchemy.orm import SessionTransaction
@@ -195,5 +196,23 @@ def _cut_off(held: Iterable[Any]) -> None:
         with suppress(Exception):
             # SQLAlchemy cannot close psycopg's without a loop; libpq can.
             connection.driver_connection.pgconn.finish()
-        with suppress(Exception):
+        with suppress(Exception), _quiet(connection):
             connection.invalidate()
+
+
+@contextmanager
+def _quiet(connection: Any) -> Iterator[None]:
+    """Keep the pool from logging, in this thread, that it cannot close what cannot be closed without its loop."""
+    this = threading.get_ident()
+
+    def passes(record: logging.LogRecord) -> bool:
+        return record.thread != this
+
+    # The pool is not to be had publicly; were it renamed, the pool's lines would be seen, and a test would say so.
+    logger: Any = getattr(connection, "_pool").logger  # noqa: B009  # as said
+    logger = getattr(logger, "logger", logger)
+    logger.addFilter(passes)
+    try:
+        yield
+    finally:
+        logger.removeFilter(passes)
