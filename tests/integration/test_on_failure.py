@@ -346,3 +346,39 @@ def test_a_loop_that_closes_does_not_end_it(shop: Workshop):
     record = shop.record(id)
     assert (record.state, len(begun), shop.effects()) == ("failed", 2, ["failed"])
     assert "raised, too" not in (record.traceback or "")
+
+
+@pytest.mark.parametrize("undo", ["rollback", "close"])
+def test_a_rollback_of_its_own_takes_the_record_of_the_failure_along_and_it_is_written_again(shop: Workshop, undo: str):
+    """What ``on_failure`` writes behind a ``session.rollback()`` is committed once, with the record of the failure."""
+    calls: list[int] = []
+
+    def start_over(session: Session, error: BaseException, label: str) -> None:
+        calls.append(1)
+        session.add(Effect(label="undone"))
+        session.flush()
+        getattr(session, undo)()
+        session.add(Effect(label="kept"))
+
+    bad = shop.task(on_failure=start_over)(fail)
+    with shop.running(), Heard(signals.TaskFailed) as heard:
+        id = shop.ask(bad, "x")
+        heard.wait(signals.TaskFailed)
+        shop.drain()
+
+    assert (calls, shop.effects(), shop.record(id).state) == ([1], ["kept"], "failed")
+
+
+def test_one_that_only_rolls_back_is_recorded_all_the_same(shop: Workshop):
+    """Nothing is left of its transaction, but the failure is recorded."""
+
+    def undo(session: Session, error: BaseException, label: str) -> None:
+        session.rollback()
+
+    bad = shop.task(on_failure=undo)(fail)
+    with shop.running(), Heard(signals.TaskFailed) as heard:
+        id = shop.ask(bad, "x")
+        heard.wait(signals.TaskFailed)
+        shop.drain()
+
+    assert shop.record(id).state == "failed"

@@ -80,7 +80,11 @@ class SessionHook:
     def __del__(self) -> None:
         """Report what a session held that was dropped without being closed: SQLAlchemy says nothing then."""
         state = self.state
-        if state.pending and not state.is_rolled_back:
+        if not state.pending:
+            return
+        if state.is_rolled_back:
+            by_listener(state.pending, lambda listener, entries: listener.dropped(entries))
+        else:
             report_lost(state.pending)
 
     @property

@@ -23,7 +23,9 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from aftercommit.commits import fence_commits
 from aftercommit.errors import LostClaim
+from aftercommit.records import moves
 from aftercommit.tasks.context import logged
 from aftercommit.tasks.current import as_current
 from aftercommit.tasks.retry import Again, GiveUp, Retry, Tries, decide
@@ -31,11 +33,10 @@ from aftercommit.tasks.transient import Fault, fault_of, is_cancelled
 from aftercommit.wording import told, without_values
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from sqlalchemy import Connection
 
-    from aftercommit.records import moves
     from aftercommit.runner.executor import Executor
     from aftercommit.runner.run import Run
     from aftercommit.sessions import Opened
@@ -149,9 +150,12 @@ class OnFailure:
         run, session = self._run, opened.plain
         on_failure = run.task.settings.on_failure
         assert on_failure is not None  # noqa: S101  # asked by the caller
-        # First, so that it is not called for a claim that was lost.
-        if run.claim is not None and not self._write(session.connection()):
-            return Recorded.NOT_OURS
+        if run.claim is not None:
+            mark = _Mark(run, self._write)
+            fence_commits(session, mark)
+            # First, so that it is not called for a claim that was lost.
+            if not mark.set(session.connection()):
+                return Recorded.NOT_OURS
         args, kwargs = run.task.arguments.load(session, run.arguments, run_id=run.id)
         self._was_called = True
         returned = opened.call(on_failure, self._failure, *args, **kwargs)
@@ -161,6 +165,9 @@ class OnFailure:
                 "on_failure returned a coroutine, which was not awaited: it is a `def` around an `async def`. Declare "
                 "it with `async def`."
             )
+        if run.claim is not None:
+            # Behind a rollback there may be no transaction, and the failure must be recorded all the same.
+            session.connection()
         opened.commit()
         return Recorded.DONE
 
@@ -198,6 +205,48 @@ class OnFailure:
             logger.error(
                 "on_failure of task %r (%s) could not be called", run.name, run.id, exc_info=without_values(error)
             )
+
+
+class _Mark:
+    """Has every commit in the call hold the record of the failure, also behind a ``session.rollback()``.
+
+    Without it what the function writes then would be committed, and the record would say that the task runs.
+    """
+
+    __slots__ = ("_is_set", "_run", "_write")
+
+    def __init__(self, run: Run, write: Callable[[Connection], bool]) -> None:
+        self._run = run
+        self._write = write
+        self._is_set = False
+
+    def set(self, connection: Connection) -> bool:
+        """Record the failure in this transaction; whether the claim was still held."""
+        self._is_set = self._write(connection)
+        return self._is_set
+
+    def begun(self, connection: Connection) -> None:  # noqa: ARG002  # a fence's, as all of these
+        """A transaction begins, and nothing is recorded in it."""
+        self._is_set = False
+
+    def begun_elsewhere(self, connection: Connection) -> None:
+        """Not ours to say."""
+
+    def committing(self, connection: Connection) -> None:
+        """Record it now, if this transaction does not, and no earlier one did."""
+        if self._is_set or self.set(connection):
+            return
+        claim = self._run.claim
+        assert claim is not None  # noqa: S101  # else there is no mark
+        if not moves.standing(connection, claim).has_failed:
+            raise self._run.lost()
+
+    def committing_anywhere(self, connection: Connection, others: Sequence[Connection]) -> None:
+        """Not ours to say."""
+
+    def rolled_back(self, connection: Connection) -> None:  # noqa: ARG002
+        """With it the record."""
+        self._is_set = False
 
 
 def note_leaving(owner: object, error: Exception) -> None:

@@ -207,6 +207,9 @@ class Outbox:
             event.remove(engine, "handle_error", note_failure)
             if failed:
                 self.dropped(entries)
+                for entry in entries:
+                    # It may have been another statement's error, behind the COMMIT: to look costs nothing.
+                    self._tell(entry.task.settings.pool)
             else:
                 self.committed(entries)
             return True
@@ -230,6 +233,8 @@ class Outbox:
 
     def lost(self, entries: Sequence[Wanted], lines: Sequence[CallSite | None]) -> None:
         """Tell of work that can no longer start."""
+        # Its COMMIT may have failed behind the writing, and its session was dropped before it could say so.
+        self.dropped(entries)
         names = tuple(entry.name for entry in entries)
         where = tuple("unknown line" if line is None else str(line) for line in lines)
         listed = "; ".join(f"{name!r} at {line}" for name, line in zip(names, where, strict=True))
