@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session, scoped_session, sessionmaker
 from sqlmodel import Session as SQLModelSession
 
-from aftercommit import current_run, signals
+from aftercommit import Retry, current_run, signals
 from aftercommit.errors import CommitWithoutCheckpoint, LostClaim
 from tests.integration.test_claims import cancel
 from tests.support.databases import DatabaseUnderTest
@@ -508,3 +508,40 @@ def test_a_session_class_that_listens_to_itself_is_fenced(database: DatabaseUnde
 
     assert begun.is_set()
     assert (state, effects) == ("succeeded", ["once"])
+
+
+@pytest.mark.drivers("psycopg", "asyncpg")
+def test_autocommit_behind_the_sessions_back_is_refused(shop: Workshop):
+    """A connection that is put into AUTOCOMMIT once its transaction was ended takes no further statement of the run."""
+
+    def sneak(session: Session, label: str) -> None:
+        connection = session.connection()
+        connection.rollback()
+        connection.execution_options(isolation_level="AUTOCOMMIT")
+        session.add(Effect(label="never"))
+        session.flush()
+
+    task = shop.task(retry=Retry(attempts=1))(sneak)
+    with shop.running():
+        id = shop.ask(task, "x")
+        shop.drain()
+
+    assert (shop.record(id).state, shop.effects()) == ("failed", [])
+
+
+@pytest.mark.drivers("psycopg", "pysqlite")
+def test_a_session_of_the_same_class_is_one_like_any_other(shop: Workshop):
+    """``type(session)(bind=session.connection())`` works, and leaves fence and end to the run."""
+
+    def copy(session: Session, label: str) -> None:
+        session.add(Effect(label="mine"))
+        session.flush()
+        with type(session)(bind=session.connection()) as other:
+            assert other.scalar(sa.select(sa.func.count()).select_from(Effect)) == 1
+
+    task = shop.task()(copy)
+    with shop.running():
+        id = shop.ask(task, "x")
+        shop.drain()
+
+    assert (shop.record(id).state, shop.effects()) == ("succeeded", ["mine"])

@@ -158,6 +158,19 @@ class Run:
                 self.on_deadline(self)
         fence_commits(session, self)
 
+    def refuse_autocommit(self, connection: Connection) -> None:
+        """Raise where nothing on *connection* would be in a transaction.
+
+        Raises:
+            ConfigurationError: If its isolation level is AUTOCOMMIT.
+        """
+        if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+            raise ConfigurationError(
+                f"Task {self.name!r} put its session into AUTOCOMMIT: every statement would take effect by itself, and "
+                "again when the run is repeated. Leave the session's isolation level alone; use db.session() for work "
+                "that needs no transaction."
+            )
+
     def end_try(self) -> None:
         """Let go of what belonged to one try; what is done from here on is not the function's doing."""
         self.session = None
@@ -216,12 +229,7 @@ class Run:
 
     def begun(self, connection: Connection) -> None:
         """A transaction of its session has begun."""
-        if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
-            raise ConfigurationError(
-                f"Task {self.name!r} put its session into AUTOCOMMIT: every statement would take effect by itself, and "
-                "again when the run is repeated. Leave the session's isolation level alone; use db.session() for work "
-                "that needs no transaction."
-            )
+        self.refuse_autocommit(connection)
         make_takeable(connection)
         self.connection = connection
         if self.abandoned is not None:
@@ -360,11 +368,17 @@ def note_fault(context: Any) -> None:
     run.saw_cancelled = run.saw_cancelled or cancels_ours(context.sqlalchemy_exception or context.original_exception)
 
 
-def stop_at_statement(_connection: Connection, _statement: str) -> None:
+def stop_at_statement(connection: Connection, _statement: str) -> None:
     """Raise what has ended the run at hand, before it sends another statement.
 
     One of the engines' ``before_statement``. A thread cannot be stopped, but it can be told.
     """
     run = current_run()
-    if run is not None and run.stopped_by is not None:
+    if run is None:
+        return
+    if run.stopped_by is not None:
         raise run.stopped_by
+    behind = run.behind
+    if behind is not None and behind.connection is connection:
+        # Set behind the session's back, once its transaction had begun.
+        behind.refuse_autocommit(connection)

@@ -28,7 +28,7 @@ from sqlalchemy.orm import Session, SessionTransaction
 
 from aftercommit.errors import SessionShared
 from aftercommit.watch import leaks
-from aftercommit.watch.call_sites import CallSite, is_machinery, is_users, line_at
+from aftercommit.watch.call_sites import CallSite, is_machinery, is_users, line_at, user_line
 from aftercommit.watch.deadlocks import this_context
 from aftercommit.watch.holders import at_work
 from aftercommit.watch.owners import Owner
@@ -242,7 +242,10 @@ def _get_bind(kind: type[Session]) -> Callable[..., Any]:
 @cache
 def _guarded_async(kind: type[AsyncSession]) -> type[AsyncSession]:
     async def run_sync(self: Any, *args: Any, **kwargs: Any) -> Any:
-        guard: Guard = vars(self)[_GUARD]
+        try:
+            guard: Guard = vars(self)[_GUARD]
+        except KeyError:
+            guard = _adopt(self)
         is_first = guard.enter("run_sync")
         try:
             return await kind.run_sync(self, *args, **kwargs)
@@ -260,7 +263,10 @@ _transactions: Final[set[type]] = set()
 def _guarded_transaction(kind: type[SessionTransaction]) -> type[SessionTransaction]:
     def method(name: str) -> Callable[..., Any]:
         def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-            guard: Guard = vars(self.session)[_GUARD]
+            try:
+                guard: Guard = vars(self.session)[_GUARD]
+            except KeyError:
+                guard = _adopt(self.session)
             is_first = guard.enter(name)
             try:
                 return getattr(kind, name)(self, *args, **kwargs)
@@ -273,6 +279,13 @@ def _guarded_transaction(kind: type[SessionTransaction]) -> type[SessionTransact
     made = _subclass(kind, {name: method(name) for name in _TRANSACTION_METHODS})
     _transactions.add(made)
     return made
+
+
+def _adopt(session: Any) -> Guard:
+    """Guard a session that somebody made of the class of one of ours: ``type(session)(bind=…)``."""
+    owner = Owner("a session made of the class of another", user_line())
+    guard: Guard = vars(session).setdefault(_GUARD, Guard(owner, is_async=False))
+    return guard
 
 
 def _subclass(kind: type[T], methods: dict[str, Any]) -> type[T]:
@@ -288,7 +301,10 @@ def _method(kind: type[Session], name: str) -> Callable[..., Any]:
     may_write = name in _PAST_FLUSH
 
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
-        guard: Guard = self.__dict__[_GUARD]
+        try:
+            guard: Guard = self.__dict__[_GUARD]
+        except KeyError:
+            guard = _adopt(self)
         is_first = guard.enter(name)
         try:
             if may_write:
@@ -304,7 +320,10 @@ def _method(kind: type[Session], name: str) -> Callable[..., Any]:
 
 def _execute(kind: type[Any]) -> Callable[..., Any]:
     def guarded(self: Any, statement: Any, *args: Any, **kwargs: Any) -> Any:
-        guard: Guard = self.__dict__[_GUARD]
+        try:
+            guard: Guard = self.__dict__[_GUARD]
+        except KeyError:
+            guard = _adopt(self)
         is_first = guard.enter("execute")
         try:
             if not getattr(statement, "is_select", False):
