@@ -260,7 +260,7 @@ def create(
     from sqlalchemy.dialects import postgresql, sqlite
 
     dialect = sqlite if connection.dialect.name == "sqlite" else postgresql
-    statement = dialect.insert(_table).values(values).on_conflict_do_nothing(index_elements=["name"])
+    statement = dialect.insert(ScheduleRecord).values(values).on_conflict_do_nothing(index_elements=["name"])
     return connection.execute(statement.returning(_columns.name)).first() is not None
 
 
