@@ -16,11 +16,12 @@ from aftercommit.events import EventHandle
 from aftercommit.monitoring.logging import log_signals
 from aftercommit.pools import PoolSettings
 from aftercommit.runner import TaskHandle
+from aftercommit.schedules import Cron, Every
 from aftercommit.stats import ClusterStats, ClusterTask, Holder, PoolStats, Stats, TaskStats, Timing
-from aftercommit.tasks import CurrentRun, Retry, Task, current_run
+from aftercommit.tasks import CurrentRun, Retry, Task, Tick, current_run
 
 if TYPE_CHECKING:
-    from aftercommit.records.tables import TaskRecord
+    from aftercommit.records.tables import ScheduleRecord, TaskRecord
 
 __all__ = [
     "AfterCommitError",
@@ -28,18 +29,22 @@ __all__ = [
     "BatchReport",
     "ClusterStats",
     "ClusterTask",
+    "Cron",
     "CurrentRun",
     "Database",
     "EventHandle",
+    "Every",
     "Holder",
     "PoolSettings",
     "PoolStats",
     "Retry",
+    "ScheduleRecord",
     "Stats",
     "Task",
     "TaskHandle",
     "TaskRecord",
     "TaskStats",
+    "Tick",
     "Timing",
     "current_run",
     "errors",
@@ -51,9 +56,9 @@ log_signals()
 
 def __getattr__(name: str) -> Any:
     """Map the tables when somebody asks for them: it takes as long as importing all the rest."""
-    if name == "TaskRecord":
-        from aftercommit.records.tables import TaskRecord
+    if name in {"ScheduleRecord", "TaskRecord"}:
+        from aftercommit.records import tables
 
-        globals()[name] = TaskRecord
-        return TaskRecord
+        found = globals()[name] = getattr(tables, name)
+        return found
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,6 +27,7 @@ from aftercommit.errors import (
     DatabaseUnavailable,
     HandOverError,
     RunnerNotRunning,
+    ScheduleError,
     SchemaError,
     TaskDefinitionError,
     TaskStateError,
@@ -49,6 +50,9 @@ from aftercommit.runner import Outbox, Pace, Runner, TaskHandle, Wanted
 from aftercommit.runner.patience import in_the_end
 from aftercommit.runner.run import note_fault, stop_at_statement
 from aftercommit.runner.running import Running
+from aftercommit.schedules.registry import Declared, Registry
+from aftercommit.schedules.scheduler import Scheduler
+from aftercommit.schedules.when import Cron, Every, When
 from aftercommit.sessions import Owner, SessionFactory, serving, user_line
 from aftercommit.stats import Stats, snapshot
 from aftercommit.tasks import Retry, Task, TaskSettings, current_run
@@ -66,6 +70,7 @@ if TYPE_CHECKING:
 
     from aftercommit.pools.urls import Flavour
     from aftercommit.records.happenings import NewEvent
+    from aftercommit.records.tables import ScheduleRecord
 
 __all__ = ["Database"]
 
@@ -140,10 +145,11 @@ class Database:
         self.outbox = Outbox()
         self._notify_url = None if notify_url is None else _listening(notify_url)
         self._pace = Pace(heartbeat=heartbeat, silent_after=silent_after, keep=keep_finished)
-        self._max_argument_bytes = max_argument_bytes
+        self.max_argument_bytes = max_argument_bytes
         self._tasks: dict[str, Task[Any, Any]] = {}
         self._handlers = Handlers()
         self._unhandled = UnhandledSink(self.outbox.lost)
+        self.schedules = Registry()
         self._lock = threading.Lock()
         self._ours: WeakKeyDictionary[Engine, bool] = WeakKeyDictionary()
         self.expects_runner = False
@@ -295,6 +301,7 @@ class Database:
         repeatable: bool = False,
         isolation_level: str | None = None,
         on_failure: Callable[..., Any] | None = None,
+        schedule: When | Sequence[When] = (),
     ) -> _Decorator: ...
     def task(
         self,
@@ -310,6 +317,7 @@ class Database:
         repeatable: bool = False,
         isolation_level: str | None = None,
         on_failure: Callable[..., Any] | None = None,
+        schedule: When | Sequence[When] = (),
     ) -> Any:
         """Declare a function as a background task.
 
@@ -329,9 +337,11 @@ class Database:
             isolation_level: Of its transactions, instead of the pool's.
             on_failure: Called as ``on_failure(session, error, *args, **kwargs)`` when it has failed for good, in a
                 fresh session and in the transaction that records the failure.
+            schedule: When it is due again and again: a ``Cron`` or ``Every``, or several.
 
         Raises:
             TaskDefinitionError: If the function cannot be a task, or its name is taken.
+            ScheduleError: If it cannot be scheduled, or the schedule's name is taken.
             ConfigurationError: If there is no such pool.
         """
 
@@ -347,7 +357,10 @@ class Database:
                 isolation_level=isolation_level,
                 on_failure=on_failure,
             )
-            return self._register(define(function, settings, database=self))
+            task = self._register(define(function, settings, database=self))
+            for each in (schedule,) if isinstance(schedule, (Cron, Every)) else tuple(schedule):
+                self.schedules.add(Declared(when=each, task=task, kwargs={}))
+            return task
 
         if pool == REQUEST:
             raise ConfigurationError(
@@ -422,7 +435,7 @@ class Database:
             self._check_memory(task)
         elif self.outbox.runner is None:
             self._note_no_runner(task)
-        handed = task.arguments.hand_over(plain, args, kwargs, max_bytes=self._max_argument_bytes)
+        handed = task.arguments.hand_over(plain, args, kwargs, max_bytes=self.max_argument_bytes)
         handle = TaskHandle(uuid7())
         run = current_run()
         entry = Wanted(
@@ -490,7 +503,20 @@ class Database:
         """
         for task in set(self._tasks.values()):
             task.arguments.prepare()
-        return Runner(self.sessions, self._tasks, pools, self._pace, notify_url=self._notify_url)
+        runner = Runner(self.sessions, self._tasks, pools, self._pace, notify_url=self._notify_url)
+        runner.declared = self.schedules.declared.keys()
+        runner.duties.append(
+            Scheduler(
+                runner.books,
+                self.schedules,
+                self._tasks,
+                expect=runner.expect,
+                max_bytes=self.max_argument_bytes,
+                keep=self._pace.keep,
+                worker=runner.id,
+            )
+        )
+        return runner
 
     def drain(self, timeout: float = 30.0) -> None:
         """Run, or wait for, all that is due, then return; for scripts and tests.
@@ -632,6 +658,138 @@ class Database:
             wait_for_commit(plain, self._unhandled, Unhandled(row), bind)
         tasks = {task.name: self._hand_over(plain, bind, task, (event,), {}, event=row) for task in handlers}
         return EventHandle(uuid7() if row is None else row.id, tasks)
+
+    # --- schedules ----------------------------------------------------------------------------------------------
+
+    def schedule(self, when: When, task: Task[P, Any], /, *args: P.args, **kwargs: P.kwargs) -> None:
+        """Declare that *task* is due again and again; written to the database when a process that runs tasks starts.
+
+        Args:
+            when: A ``Cron`` or an ``Every``; its name is the task's unless it has one.
+            task: A durable task of this ``Database``; ``with_options(priority=…)`` goes along.
+            *args: What crosses to each run; rows cannot, because there is no session yet.
+            **kwargs: The same.
+
+        Raises:
+            ScheduleError: If the task cannot be scheduled, or the name is taken.
+        """
+        self._check_scheduled(task)
+        self.schedules.add(Declared(when=when, task=task, args=args, kwargs=kwargs))
+
+    def create_schedule(
+        self,
+        session: Session | scoped_session[Any],
+        when: When,
+        task: Task[P, Any],
+        /,
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> ScheduleRecord:
+        """Make a schedule in *session*'s transaction: it exists if and only if that commits. Flushes.
+
+        Args:
+            session: As for ``after_commit``, of the sync kind.
+            when: A ``Cron`` or an ``Every``, with a name of its own.
+            task: A durable task of this ``Database``.
+            *args: What crosses to each run; rows by identity.
+            **kwargs: The same.
+
+        Raises:
+            ScheduleError: If there is one of that name, or it cannot be.
+            UnsafeArgument: If an argument cannot cross.
+        """
+        self._check_scheduled(task)
+        return self._change_schedule(
+            session,
+            "made",
+            when.name or task.name,
+            partial(self._create_schedule, Declared(when=when, task=task, args=args, kwargs=kwargs)),
+        )
+
+    async def async_create_schedule(
+        self, session: AsyncSession, when: When, task: Task[P, Any], /, *args: P.args, **kwargs: P.kwargs
+    ) -> ScheduleRecord:
+        """Make a schedule in *session*'s transaction: it exists if and only if that commits. Flushes."""
+        return await session.run_sync(lambda plain: self.create_schedule(plain, when, task, *args, **kwargs))
+
+    def update_schedule(self, session: Session | scoped_session[Any], name: str, when: When) -> ScheduleRecord:
+        """Have a schedule that was made as data be due at other times, in *session*'s transaction. Flushes.
+
+        Raises:
+            ScheduleStateError: If there is none of that name, or the code declares it.
+        """
+        from aftercommit.schedules import operations
+
+        return self._change_schedule(
+            session, "changed", name, lambda plain, bind: operations.update(plain, bind, name, when)
+        )
+
+    async def async_update_schedule(self, session: AsyncSession, name: str, when: When) -> ScheduleRecord:
+        """Have a schedule that was made as data be due at other times, in *session*'s transaction. Flushes."""
+        return await session.run_sync(lambda plain: self.update_schedule(plain, name, when))
+
+    def delete_schedule(self, session: Session | scoped_session[Any], name: str) -> None:
+        """Delete a schedule that was made as data, in *session*'s transaction; what it asked for stays. Flushes.
+
+        Raises:
+            ScheduleStateError: If there is none of that name, or the code declares it.
+        """
+        from aftercommit.schedules import operations
+
+        self._change_schedule(session, "deleted", name, lambda plain, bind: operations.delete(plain, bind, name))
+
+    async def async_delete_schedule(self, session: AsyncSession, name: str) -> None:
+        """Delete a schedule that was made as data, in *session*'s transaction; what it asked for stays. Flushes."""
+        await session.run_sync(lambda plain: self.delete_schedule(plain, name))
+
+    def pause_schedule(self, name: str, *, by: str | None = None) -> None:
+        """Fire nothing of a schedule, in any process, until it is resumed; its ticks meanwhile are not missed.
+
+        Args:
+            name: The schedule's name.
+            by: Who asks, for the record.
+
+        Raises:
+            ScheduleStateError: If there is none of that name, or it is paused already.
+        """
+        self._call(self._pausing_schedule(name, by))
+        self._told_schedule(name, "paused", by)
+
+    async def async_pause_schedule(self, name: str, *, by: str | None = None) -> None:
+        """Fire nothing of a schedule, in any process, until it is resumed; its ticks meanwhile are not missed."""
+        await self._async_call(self._pausing_schedule(name, by))
+        self._told_schedule(name, "paused", by)
+
+    def resume_schedule(self, name: str, *, catch_up: bool = False, by: str | None = None) -> None:
+        """Fire a schedule again, from its next tick on.
+
+        Args:
+            name: The schedule's name.
+            catch_up: Whether the ticks of the pause count as missed.
+            by: Who asks.
+
+        Raises:
+            ScheduleStateError: If there is none of that name, or it is not paused.
+        """
+        self._call(self._resuming_schedule(name, catch_up=catch_up))
+        self._told_schedule(name, "resumed", by)
+
+    async def async_resume_schedule(self, name: str, *, catch_up: bool = False, by: str | None = None) -> None:
+        """Fire a schedule again, from its next tick on."""
+        await self._async_call(self._resuming_schedule(name, catch_up=catch_up))
+        self._told_schedule(name, "resumed", by)
+
+    def trigger_schedule(self, name: str, *, by: str | None = None) -> UUID:
+        """Run a schedule's task now, beside its ticks; return the id of the record.
+
+        Raises:
+            ScheduleStateError: If there is none of that name, or this process does not know its task.
+        """
+        return self._triggered(name, by, self._call(self._triggering(name)))
+
+    async def async_trigger_schedule(self, name: str, *, by: str | None = None) -> UUID:
+        """Run a schedule's task now, beside its ticks; return the id of the record."""
+        return self._triggered(name, by, await self._async_call(self._triggering(name)))
 
     # --- batches ------------------------------------------------------------------------------------------------
 
@@ -812,6 +970,56 @@ class Database:
             move(connection, pool)
 
         return act
+
+    def _check_scheduled(self, task: object) -> None:
+        if not isinstance(task, Task):
+            raise ScheduleError(
+                f"A schedule needs a task, and got {getattr(task, '__name__', type(task).__name__)!r}. Declare it with "
+                "@db.task, and pass its arguments behind it: db.schedule(when, task, argument)."
+            )
+        if task.database is not self:
+            raise ScheduleError(f"{task!r} belongs to another Database: declare its schedule with that one.")
+
+    def _create_schedule(self, declared: Declared, plain: Session, bind: Engine | Connection) -> ScheduleRecord:
+        from aftercommit.schedules import operations
+
+        run = current_run()
+        return operations.create(
+            plain, bind, declared, max_bytes=self.max_argument_bytes, parent=None if run is None else run.id
+        )
+
+    def _change_schedule(self, session: Any, what: str, name: str, change: Callable[[Session, Any], T]) -> T:
+        from aftercommit.schedules import operations
+
+        plain = sync_session_of(session)
+        bind = self._bind_of(plain)
+        done = change(plain, bind)
+        wait_for_commit(plain, operations.Listening(self._told_schedule), operations.Changed(name, what), bind)
+        return done
+
+    def _pausing_schedule(self, name: str, by: str | None) -> Callable[[Connection], None]:
+        from aftercommit.schedules import operations
+
+        return lambda connection: operations.pause(connection, name, by)
+
+    def _resuming_schedule(self, name: str, *, catch_up: bool) -> Callable[[Connection], None]:
+        from aftercommit.schedules import operations
+
+        return lambda connection: operations.resume(connection, name, catch_up=catch_up)
+
+    def _triggering(self, name: str) -> Callable[[Connection], tuple[UUID, str]]:
+        from aftercommit.schedules import operations
+
+        return lambda connection: operations.trigger(connection, name, self._tasks)
+
+    def _triggered(self, name: str, by: str | None, made: tuple[UUID, str]) -> UUID:
+        signals.emit(signals.ScheduleChanged(schedule=name, what="triggered", by=by))
+        self.outbox.tell(made[1])
+        return made[0]
+
+    def _told_schedule(self, name: str, what: str, by: str | None = None) -> None:
+        signals.emit(signals.ScheduleChanged(schedule=name, what=what, by=by))
+        self.outbox.look()
 
     def _look(self) -> None:
         if self.outbox.runner is not None:

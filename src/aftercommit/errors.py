@@ -29,6 +29,8 @@ __all__ = [
     "RowGone",
     "RunInVain",
     "RunnerNotRunning",
+    "ScheduleError",
+    "ScheduleStateError",
     "SchemaError",
     "SessionEnded",
     "SessionShared",
@@ -322,3 +324,18 @@ class BatchStopped(AfterCommitError):
     def __init__(self, message: str, *, report: Any) -> None:
         super().__init__(message)
         self.report = report
+
+
+# --- schedules --------------------------------------------------------------------------------------------------
+
+
+class ScheduleError(ConfigurationError):
+    """A schedule that cannot be meant: its expression, its time zone, its options, or its name."""
+
+    code = "AC601"
+
+
+class ScheduleStateError(AfterCommitError):
+    """An operation does not fit a schedule: there is none of that name, or the application's code declares it."""
+
+    code = "AC602"

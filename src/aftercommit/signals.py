@@ -25,6 +25,7 @@ from aftercommit.wording import without_values
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from datetime import datetime
     from uuid import UUID
 
 __all__ = [
@@ -40,6 +41,11 @@ __all__ = [
     "PoolRanDry",
     "PoolResumed",
     "RunSignal",
+    "ScheduleChanged",
+    "ScheduleEnded",
+    "ScheduleFired",
+    "ScheduleMissed",
+    "ScheduleSkipped",
     "SessionLeaked",
     "Signal",
     "TaskFailed",
@@ -409,6 +415,99 @@ class LoopBlocked(Signal):
     seconds: float
     tasks: tuple[str, ...]
     line: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleFired(Signal):
+    """A tick of a schedule was written as a task, by this process.
+
+    Attributes:
+        schedule: The schedule's name.
+        task: The task's name.
+        origin: ``code`` if the code declares the schedule, ``data`` if it was made with ``db.create_schedule``.
+        id: The id of the task's record.
+        at: The tick.
+        missed: How many ticks before it, that nobody could fire in time, it stands for; counted to 1000.
+        lag: Seconds between the tick and its firing, by the database's clock.
+    """
+
+    schedule: str
+    task: str
+    origin: str
+    id: UUID
+    at: datetime
+    missed: int
+    lag: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleSkipped(Signal):
+    """A tick was left out, because the task of the one before has not ended (``overlap="skip"``).
+
+    Attributes:
+        schedule: The schedule's name.
+        task: The task's name.
+        origin: ``code`` if the code declares the schedule, ``data`` if it was made with ``db.create_schedule``.
+        at: The tick.
+        running: The record that has not ended.
+    """
+
+    schedule: str
+    task: str
+    origin: str
+    at: datetime
+    running: UUID
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleMissed(Signal):
+    """Ticks were dropped: nobody could fire them in time, and the schedule says not to fire them later.
+
+    Attributes:
+        schedule: The schedule's name.
+        task: The task's name.
+        origin: ``code`` if the code declares the schedule, ``data`` if it was made with ``db.create_schedule``.
+        count: How many, counted to 1000.
+        first: The oldest.
+        last: The newest.
+        reason: Why, such as ``"older than catch_up_within=3600 s"``.
+    """
+
+    schedule: str
+    task: str
+    origin: str
+    count: int
+    first: datetime
+    last: datetime
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleChanged(Signal):
+    """A schedule was made, changed, paused, resumed, triggered or deleted by this process.
+
+    Attributes:
+        schedule: The schedule's name.
+        what: What happened to it, in words.
+        by: Who did it, where that was said.
+    """
+
+    schedule: str
+    what: str
+    by: str | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScheduleEnded(Signal):
+    """No tick of a schedule will come any more.
+
+    Attributes:
+        schedule: The schedule's name.
+        reason: Why.
+    """
+
+    schedule: str
+    reason: str
 
 
 S = TypeVar("S", bound=Signal)

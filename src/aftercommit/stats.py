@@ -141,11 +141,13 @@ class ClusterStats:
         age: How many seconds ago that was.
         workers: Processes that ran tasks and were heard of within ``silent_after``.
         tasks: By the name that the records carry: aliases, and names that this process does not know, too.
+        schedules_overdue: Schedules that had been due for more than two minutes, and that nobody has fired.
     """
 
     age: float
     workers: int
     tasks: Mapping[str, ClusterTask]
+    schedules_overdue: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -252,4 +254,9 @@ def _cluster(runner: Runner | None) -> ClusterStats | None:
     if seen is None:
         return None
     found, at = seen
-    return ClusterStats(age=max(0.0, time.monotonic() - at), workers=found.workers, tasks=dict(found.tasks))
+    return ClusterStats(
+        age=max(0.0, time.monotonic() - at),
+        workers=found.workers,
+        tasks=dict(found.tasks),
+        schedules_overdue=found.overdue,
+    )

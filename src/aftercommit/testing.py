@@ -15,6 +15,8 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
+from functools import partial
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import URL, Connection, NullPool
@@ -25,23 +27,40 @@ from aftercommit.errors import ConfigurationError, LostClaim
 from aftercommit.pools import sqlite
 from aftercommit.records import moves, schema
 from aftercommit.records.ids import uuid7
+from aftercommit.runner import TaskHandle, Wanted
 from aftercommit.runner.around import around
 from aftercommit.runner.outcome import ClaimGone, Outcome
 from aftercommit.runner.recording import async_end, end
 from aftercommit.runner.run import Run
 from aftercommit.runner.shells import try_async, try_sync
+from aftercommit.schedules.ticks import ticks_after
+from aftercommit.tasks.arguments import Handed
 from aftercommit.tasks.retry import GiveUp
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from datetime import datetime
     from types import TracebackType
     from uuid import UUID
 
     from aftercommit.database import Database
-    from aftercommit.runner import Wanted
+    from aftercommit.records.writing import NewTask
+    from aftercommit.schedules.registry import Declared
+    from aftercommit.schedules.when import When
     from aftercommit.tasks import Task
 
-__all__ = ["PendingTask", "Tasks", "replace"]
+__all__ = ["PendingTask", "Tasks", "replace", "ticks"]
+
+
+def ticks(when: When, since: datetime, count: int) -> list[datetime]:
+    """The next *count* ticks of a schedule later than *since*, in its time zone; pure, for a test of its expression.
+
+    Args:
+        when: A ``Cron`` or an ``Every``; the latter counts from *since* unless it has a ``start``.
+        since: Any moment; aware.
+        count: How many at most; fewer where the schedule ends.
+    """
+    return [tick.astimezone(when.zone) for tick in islice(ticks_after(when, since, since), count)]
 
 
 class PendingTask:
@@ -89,6 +108,31 @@ class Tasks:
         self._db.outbox.poll_outcome()
         return tuple(self._pending)
 
+    def clear(self) -> None:
+        """Forget what is pending: the next test begins with nothing."""
+        self._pending.clear()
+
+    @property
+    def schedules(self) -> tuple[Declared, ...]:
+        """The schedules that the code declares."""
+        return tuple(self._db.schedules.declared.values())
+
+    def tick(self, name: str, *, at: datetime | None = None) -> UUID:
+        """Write the record of a tick of a schedule, as a runner would; ``run`` runs it. Return its id.
+
+        Args:
+            name: The schedule's name, of the code or made in the database.
+            at: The tick; by default the next one that the row, or the code, has.
+
+        Raises:
+            ScheduleStateError: If there is none of that name.
+        """
+        return self._ticked(self.call(self._ticking(name, at)))
+
+    async def async_tick(self, name: str, *, at: datetime | None = None) -> UUID:
+        """Write the record of a tick of a schedule, as a runner would; ``async_run`` runs it. Return its id."""
+        return self._ticked(await self.async_call(self._ticking(name, at)))
+
     def run(self) -> int:
         """Run all that is pending, here, and what that asks for in turn; return how many ran.
 
@@ -116,6 +160,25 @@ class Tasks:
     def took(self, entries: Sequence[Wanted]) -> None:
         """Take over what was committed."""
         self._pending += [PendingTask(entry) for entry in entries if entry.written or not entry.task.settings.durable]
+
+    def _ticking(self, name: str, at: datetime | None) -> Callable[[Connection], NewTask]:
+        from aftercommit.schedules.operations import tick_by_hand  # it maps the tables
+
+        return partial(tick_by_hand, name=name, at=at, db=self._db)
+
+    def _ticked(self, made: NewTask) -> UUID:
+        task = self._db.tasks[made.task]
+        entry = Wanted(
+            task=task,
+            handed=Handed([made.arguments], task=task.name, max_bytes=len(made.arguments.encode())),
+            handle=TaskHandle(made.id),
+            parent=None,
+            context=made.context,
+            arguments=made.arguments,
+            written=True,
+        )
+        self._pending.append(PendingTask(entry))
+        return made.id
 
     # RunContext and Bookkeeping of the shells: a task runs here as it does in a runner.
 

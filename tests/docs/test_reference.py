@@ -22,17 +22,21 @@ import aftercommit.testing
 from aftercommit import (
     ClusterStats,
     ClusterTask,
+    Cron,
     CurrentRun,
     Database,
+    Every,
     Holder,
     PoolSettings,
     PoolStats,
     Retry,
+    ScheduleRecord,
     Stats,
     Task,
     TaskHandle,
     TaskRecord,
     TaskStats,
+    Tick,
     Timing,
     errors,
     signals,
@@ -159,6 +163,10 @@ def test_index_of_errors_is_complete() -> None:
         ("tasks", members(TaskHandle)),
         ("tasks", members(CurrentRun) - INTERNAL),
         ("record", {attribute.key for attribute in TaskRecord.__mapper__.column_attrs}),
+        ("schedules", {attribute.key for attribute in ScheduleRecord.__mapper__.column_attrs}),
+        ("schedules", parameters(Cron.__init__) | parameters(Every.__init__)),
+        ("schedules", {field.name for field in dataclasses.fields(Tick)}),
+        ("schedules", {name for name in members(Database) if "schedule" in name and name != "schedules"}),
         ("fastapi", set(aftercommit.fastapi.__all__) | parameters(aftercommit.fastapi.install)),
         ("testing", set(aftercommit.testing.__all__) | parameters(aftercommit.testing.replace)),
         ("testing", members(aftercommit.testing.PendingTask) - {"as_run"}),
@@ -217,7 +225,7 @@ def test_metrics_of_prometheus_are_listed_with_their_labels() -> None:
 
     assert listed == shown
     assert {label for _, labels in rows for label in re.findall(r"`(\w+)`", labels)} == {
-        *("database", "outcome", "pool", "state", "task"),
+        *("database", "outcome", "pool", "schedule", "state", "task"),
     }
 
 
@@ -266,9 +274,10 @@ def test_public_names_are_documented() -> None:
 
 
 def anchors(path: Path) -> set[str]:
-    """The anchors of a page's headings, as GitHub makes them."""
+    """The anchors of a page: those of its headings, as GitHub makes them, and those that it names itself."""
     headings = re.findall(r"^#+ (.+)$", Page.read(path).visible, re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    named = re.findall(r'<a id="([\w-]+)"></a>', Page.read(path).visible)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings} | set(named)
 
 
 @pytest.mark.parametrize("page", READ, ids=lambda page: str(page.path.relative_to(ROOT)))

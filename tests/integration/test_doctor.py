@@ -16,11 +16,11 @@ import sqlalchemy as sa
 from sqlalchemy import make_url
 from sqlalchemy.orm import Session
 
-from aftercommit import Database, PoolSettings, TaskRecord
+from aftercommit import Database, Every, PoolSettings, TaskRecord
 from aftercommit.cli.doctor.examination import examine
 from aftercommit.cli.doctor.findings import Finding, Level
 from aftercommit.records.schema import SCHEMA_VERSION
-from aftercommit.records.tables import PoolState, SchemaRecord, WorkerRecord
+from aftercommit.records.tables import PoolState, ScheduleRecord, SchemaRecord, WorkerRecord
 from tests.crash.proxy import Proxy
 from tests.support.databases import DatabaseUnderTest
 from tests.support.postgres import PostgresServer
@@ -106,6 +106,79 @@ def test_examining_changes_nothing_and_takes_no_lock(shop: Workshop):
     checks = {each.check for each in findings}
     assert checks == ({"write lock", "queue"} if shop.under_test.is_sqlite else {"queue"})
     assert shop.records()[0].state == "queued"
+
+
+def schedule(name: str = "nightly", *, due: float = 600.0, **more: Any) -> ScheduleRecord:
+    """A schedule that has been due for *due* seconds."""
+    return ScheduleRecord(
+        **{"name": name, "task": "effect", "arguments": {}, "origin": "data", "kind": "every", "seconds": 60.0,
+           "options": {}, "anchor": before(9e5), "created_at": before(9e5), "next_at": before(due), **more}
+    )  # fmt: skip
+
+
+def declaring(digest: str) -> WorkerRecord:
+    """A live worker that declares ``nightly``."""
+    found = worker()
+    found.declares = {"nightly": digest}
+    return found
+
+
+CODE = {"origin": "code", "due": -600.0}
+SCHEDULES: list[tuple[Callable[[], list[Any]], Level, str, str]] = [
+    (lambda: [schedule()], Level.WRONG, "The schedule 'nightly' is overdue, by 10 min", "No process runs tasks"),
+    (lambda: [worker(names=("other",)), schedule()], Level.WRONG, "overdue", "knows its task 'effect'"),
+    (lambda: [worker(), schedule(origin="code")], Level.NOTE, "declared by no code any more", "aliases"),
+    (lambda: [worker(), schedule()], Level.WRONG, "overdue", "should have fired it"),
+    (lambda: [declaring("a"), declaring("b"), schedule(**CODE)], Level.WARNING, "differently", "As during a deploy"),
+    (lambda: [worker(), schedule(**CODE)], Level.NOTE, "declared by no code any more", "aliases"),
+    (
+        lambda: [worker(), schedule(due=-60, kind="cron", expression="0 7 * * *", timezone="Mars/Olympus")],
+        Level.WARNING, "(0 7 * * *, Mars/Olympus) cannot be read on this machine", "AC601",
+    ),
+    (
+        lambda: [worker(), schedule(due=-60, skipped=9, fired=3)], Level.WARNING, "has skipped 9 of 12 ticks",
+        "had not ended",
+    ),
+    (
+        lambda: [worker(), schedule(paused_at=before(8 * 86400), paused_by="ada")], Level.WARNING,
+        "'nightly' has been paused by ada for 8 days", "until it is resumed",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("planted", "level", "found", "why"), SCHEDULES)
+def test_what_is_wrong_with_schedules(
+    shop: Workshop, planted: Callable[[], list[Any]], level: Level, found: str, why: str
+):
+    """Each trouble is one finding, with its reason."""
+    plant(shop, *planted())
+
+    [finding] = [each for each in examine(shop.db, "shop:db", processes=None) if each.check == "schedules"]
+
+    assert finding.level is level
+    assert found in finding.found
+    assert why in finding.why
+
+
+def test_a_schedule_that_only_the_code_at_hand_declares(shop: Workshop):
+    """The workers run other code: nobody fires it."""
+    shop.db.schedule(Every(60.0, name="nightly"), shop.db.tasks["effect"], "x")
+    plant(shop, worker(), schedule(origin="code"))
+
+    [finding] = [each for each in bad(shop) if each.check == "schedules"]
+
+    assert finding.level is Level.WRONG
+    assert "No live worker's code declares it" in finding.why
+
+
+def test_schedules_in_order_are_no_finding(shop: Workshop):
+    """Due soon, paused since yesterday, or ended."""
+    plant(
+        shop, worker(), schedule(due=60), schedule("paused", paused_at=before(86400)),
+        schedule("ended", ended_at=before(9e5)),
+    )  # fmt: skip
+
+    assert not [each for each in examine(shop.db, "shop:db", processes=None) if each.check == "schedules"]
 
 
 HELD = uuid4()

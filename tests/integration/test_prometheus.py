@@ -14,7 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy.ext.asyncio import AsyncSession
 from sqlalchemy.orm import Session
 
-from aftercommit import Database, PoolSettings, Retry, current_run, signals
+from aftercommit import Database, Every, PoolSettings, Retry, current_run, signals
 from aftercommit.fastapi import AfterCommitDep, AsyncSessionDep, SessionDep, install
 from aftercommit.monitoring.prometheus import instrument, metrics_router, uninstrument
 from tests.support.databases import DatabaseUnderTest
@@ -249,3 +249,25 @@ def test_uninstrumented_a_registry_is_empty(registry: CollectorRegistry, sqlite_
     instrument(db, registry=registry)
 
     assert scrape(registry)("aftercommit_pool_connections_max", pool="request") == 10
+
+
+@pytest.mark.drivers("psycopg", "pysqlite")
+def test_schedules_show(shop: Workshop, registry: CollectorRegistry):
+    """By the name of what the code declares; what was made as data by its task, so that no customer is a label."""
+    instrument(shop.db, registry=registry)
+
+    @shop.task()
+    def bill(session: Session, label: str) -> None: ...
+
+    shop.db.schedule(Every(3600.0, name="of the code", immediately=True), bill, "x")
+    with shop.running(), Heard(signals.ScheduleFired) as heard:
+        for number in range(2):
+            every = Every(3600.0, name=f"customer {number}", immediately=True)
+            shop.commit(lambda session, every=every: shop.db.create_schedule(session, every, bill, "x"))
+        heard.wait(signals.ScheduleFired, count=3)
+        seen = scrape(registry)
+
+    assert seen("aftercommit_schedules_fired_total", schedule="of the code") == 1
+    assert seen("aftercommit_schedules_fired_total", schedule="bill") == 2
+    assert seen("aftercommit_schedule_lag_seconds_count") == 3
+    assert "customer" not in seen.text

@@ -23,7 +23,7 @@ FLOORS = (
     ("sessions",),
     ("records", "tasks"),
     ("runner",),
-    ("batches", "events", "stats"),
+    ("batches", "events", "schedules", "stats"),
     ("database",),
     ("fastapi", "backends", "monitoring", "testing", "cli"),
     ("aftercommit", "__main__"),  # the doors: what most users import, and the command

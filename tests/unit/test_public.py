@@ -9,8 +9,8 @@ import pytest
 PUBLIC = {
     "aftercommit": {
         "AfterCommitError", "BatchFailure", "BatchReport", "ClusterStats", "ClusterTask", "CurrentRun", "Database",
-        "EventHandle", "Holder", "PoolSettings", "PoolStats", "Retry", "Stats", "Task", "TaskHandle", "TaskRecord",
-        "TaskStats", "Timing", "current_run", "errors", "signals",
+        "Cron", "EventHandle", "Every", "Holder", "PoolSettings", "PoolStats", "Retry", "ScheduleRecord", "Stats",
+        "Task", "TaskHandle", "TaskRecord", "TaskStats", "Tick", "Timing", "current_run", "errors", "signals",
     },
     "aftercommit.fastapi": {
         "AfterCommit", "AfterCommitDep", "AsyncSessionDep", "SessionDep", "after_commit_of", "async_session_of",
@@ -19,7 +19,7 @@ PUBLIC = {
     "aftercommit.monitoring.logging": {"TaskContextFilter", "carry", "log_signals"},
     "aftercommit.monitoring.opentelemetry": {"instrument", "uninstrument"},
     "aftercommit.monitoring.prometheus": {"instrument", "metrics_router", "uninstrument"},
-    "aftercommit.testing": {"PendingTask", "Tasks", "replace"},
+    "aftercommit.testing": {"PendingTask", "Tasks", "replace", "ticks"},
 }  # fmt: skip
 
 

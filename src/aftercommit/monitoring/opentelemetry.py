@@ -50,6 +50,7 @@ _ERROR: Final = "error.type"
 # What the conventions have no name for stands under the system's own.
 _POOL: Final = "messaging.aftercommit.pool"
 _ATTEMPT: Final = "messaging.aftercommit.attempt"
+_SCHEDULE: Final = "messaging.aftercommit.schedule"
 _REPEATS: Final = "messaging.aftercommit.repeats"
 
 _lock = threading.Lock()
@@ -148,6 +149,10 @@ class _Instrumentation:
             kind: meter.create_counter(f"aftercommit.{name}", unit, description)
             for kind, name, unit, description in _COUNTED
         }
+        self._lag = meter.create_histogram(
+            "aftercommit.schedule.lag", "s", "From a tick to its firing.", explicit_bucket_boundaries_advisory=BUCKETS
+        )
+        self._missed = self._counters[signals.ScheduleMissed]
         self._pools = PoolMetrics(databases, meter)
         self._subscribers: dict[type[signals.Signal], Callable[[Any], None]] = {
             signals.TasksHandedOver: self._handed_over,
@@ -159,6 +164,9 @@ class _Instrumentation:
             signals.ClaimLost: self._claim_lost,
             signals.TasksLost: self._lost,
             signals.TasksRescued: self._rescued,
+            signals.ScheduleFired: self._fired,
+            signals.ScheduleSkipped: lambda signal: self._counters[signals.ScheduleSkipped].add(1, _schedule(signal)),
+            signals.ScheduleMissed: lambda signal: self._missed.add(signal.count, _schedule(signal)),
             **self._pools.subscribers,
         }
 
@@ -289,6 +297,13 @@ class _Instrumentation:
     def _rescued(self, signal: signals.TasksRescued) -> None:
         self._counters[signals.TasksRescued].add(len(signal.requeued) + len(signal.failed), {_SYSTEM: "aftercommit"})
 
+    def _fired(self, signal: signals.ScheduleFired) -> None:
+        attributes = _schedule(signal)
+        self._counters[signals.ScheduleFired].add(1, attributes)
+        self._lag.record(max(0.0, signal.lag), attributes)
+        if signal.missed:
+            self._missed.add(signal.missed, attributes)
+
     def _count(self, signal: signals.RunSignal, error: BaseException | None = None) -> None:
         attributes = _attributes("process", signal.task, signal.pool)
         if error is not None:
@@ -303,12 +318,21 @@ _COUNTED: Final[tuple[tuple[type[signals.Signal], str, str, str], ...]] = (
     (signals.TaskGivenBack, "tasks.given_back", "{task}", "Runs that an orderly stop has interrupted."),
     (signals.ClaimLost, "claims.lost", "{claim}", "Runs that found their record in other hands."),
     (signals.TasksLost, "tasks.lost", "{task}", "Tasks that can never start."),
+    (signals.ScheduleFired, "schedules.fired", "{tick}", "Ticks that this process fired."),
+    (signals.ScheduleSkipped, "schedules.skipped", "{tick}", "Ticks left out because the last run had not ended."),
+    (signals.ScheduleMissed, "schedules.missed", "{tick}", "Ticks that nobody could fire in time."),
     (signals.TasksRescued, "tasks.rescued", "{task}", "Tasks that this process took from silent workers."),
 )
 
 
 def _attributes(operation: str, task: str, pool: str) -> dict[str, Any]:
     return {_SYSTEM: "aftercommit", _OPERATION: operation, _DESTINATION: task, _POOL: pool}
+
+
+def _schedule(signal: signals.ScheduleFired | signals.ScheduleSkipped | signals.ScheduleMissed) -> dict[str, Any]:
+    """Those that are made as data are counted under their task alone: no series for each customer."""
+    named = {_SCHEDULE: signal.schedule} if signal.origin == "code" else {}
+    return {_SYSTEM: "aftercommit", _DESTINATION: signal.task, **named}
 
 
 def _type_of(error: BaseException) -> str:

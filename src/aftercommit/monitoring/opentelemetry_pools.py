@@ -89,6 +89,12 @@ class PoolMetrics:
             "{process}",
             "Processes that run tasks.",
         )
+        meter.create_observable_gauge(
+            "aftercommit.cluster.schedules_overdue",
+            [tasks(lambda cluster: ((None, cluster.schedules_overdue),))],
+            "{schedule}",
+            "Schedules that have been due for more than two minutes.",
+        )
         self._waits = meter.create_histogram(
             "db.client.connection.wait_time",
             "s",

@@ -128,9 +128,21 @@ class _Exporter(Collector):
         )
         self._blocked = Counter("aftercommit_loop_blocked", "Reports of an event loop that stood still.", registry=None)
         self._down = Counter("aftercommit_database_down", "How often the bookkeeping lost the database.", registry=None)
+        self._fired, self._skipped, self._missed = (
+            Counter(f"aftercommit_schedules_{name}", help_text, ["schedule"], registry=None)
+            for name, help_text in (
+                ("fired", "Ticks that this process fired."),
+                ("skipped", "Ticks that were left out because the task of the one before had not ended."),
+                ("missed", "Ticks that were not fired by themselves, because nobody could in time."),
+            )
+        )
+        self._lag = Histogram(
+            "aftercommit_schedule_lag_seconds", "From a tick to its firing.", buckets=_BUCKETS, registry=None
+        )
         self._fed: tuple[Collector, ...] = (
             *(self._handed_over, self._run, self._wait, self._claims_lost, self._lost),
             *(self._rescued, self._held, self._blocked, self._down),
+            *(self._fired, self._skipped, self._missed, self._lag),
         )
         self._subscribers: dict[type[signals.Signal], Callable[[Any], None]] = {
             signals.TasksHandedOver: self._on_handed_over,
@@ -143,6 +155,9 @@ class _Exporter(Collector):
             signals.ConnectionHeld: lambda signal: self._held.labels(signal.pool).inc(),
             signals.LoopBlocked: lambda _: self._blocked.inc(),
             signals.DatabaseDown: lambda _: self._down.inc(),
+            signals.ScheduleFired: self._on_fired,
+            signals.ScheduleSkipped: lambda signal: self._skipped.labels(_schedule(signal)).inc(),
+            signals.ScheduleMissed: lambda signal: self._missed.labels(_schedule(signal)).inc(signal.count),
         }
         for kind, subscriber in self._subscribers.items():
             signals.subscribe(kind)(subscriber)
@@ -167,6 +182,13 @@ class _Exporter(Collector):
 
     def _observe_run(self, signal: signals.TaskSucceeded | signals.TaskFailed, outcome: str) -> None:
         self._run.labels(signal.task, signal.pool, outcome).observe(signal.seconds)
+
+    def _on_fired(self, signal: signals.ScheduleFired) -> None:
+        name = _schedule(signal)
+        self._fired.labels(name).inc()
+        self._lag.observe(max(0.0, signal.lag))
+        if signal.missed:
+            self._missed.labels(name).inc(signal.missed)
 
     def _on_lost(self, signal: signals.TasksLost) -> None:
         for task in signal.tasks:
@@ -197,6 +219,11 @@ class _Exporter(Collector):
                 continue
             number = seen[name] = seen.get(name, 0) + 1
             yield name if number == 1 else f"{name}#{number}", db.stats()
+
+
+def _schedule(signal: signals.ScheduleFired | signals.ScheduleSkipped | signals.ScheduleMissed) -> str:
+    """What it is counted under: those that are made as data by their task, or there was a label for each customer."""
+    return signal.schedule if signal.origin == "code" else signal.task
 
 
 def _of_pools(every: list[tuple[str, Stats]]) -> Iterator[Metric]:
@@ -279,5 +306,10 @@ _TASK_COUNTERS: Final[tuple[tuple[str, str, Callable[[TaskStats], int]], ...]] =
 )
 _CLUSTER_GAUGES: Final[tuple[tuple[str, str, Callable[[ClusterStats], float]], ...]] = (
     ("workers", "Processes that run tasks.", lambda cluster: cluster.workers),
+    (
+        "schedules_overdue",
+        "Schedules that have been due for more than two minutes.",
+        lambda cluster: cluster.schedules_overdue,
+    ),
     ("age_seconds", "How long ago a process has looked at all of them.", lambda cluster: cluster.age),
 )

@@ -108,16 +108,19 @@ def _too_long(tables: Sequence[str]) -> SchemaError:
 
 def schema_problem(connection: Connection) -> str | None:
     """Say what is wrong with our tables, or None."""
-    from aftercommit.records.tables import Base, SchemaRecord
+    from aftercommit.records.tables import SchemaRecord
 
-    inspector = inspect(connection)
-    missing = sorted(name for name in Base.metadata.tables if not inspector.has_table(name))
+    missing = _missing(connection)
+    has_version = SchemaRecord.__tablename__ not in missing
+    version = connection.scalar(select(SchemaRecord.version)) if has_version else None
+    if has_version and version is not None and version < SCHEMA_VERSION:
+        # An older version lacks tables, too: its number says more.
+        return f"the tables are of version {version}, and this release needs version {SCHEMA_VERSION}"
     if missing:
         return (
             f"the tables {', '.join(missing)} are missing" if len(missing) > 1 else f"the table {missing[0]} is missing"
         )
-    version = connection.scalar(select(SchemaRecord.version))
-    if version is None or version < SCHEMA_VERSION:
+    if version is None:
         return f"the tables are of version {version}, and this release needs version {SCHEMA_VERSION}"
     return None
 
@@ -126,12 +129,19 @@ def details(connection: Connection) -> str | None:
     """Say what is wrong with our tables, down to each column and index, or None."""
     from aftercommit.records.tables import SchemaRecord
 
-    problem = schema_problem(connection)
-    if problem is not None and "version" not in problem:
+    problem, missing = schema_problem(connection), _missing(connection)
+    if SchemaRecord.__tablename__ in missing:
         return problem
     if (connection.scalar(select(SchemaRecord.version)) or 0) > SCHEMA_VERSION:
-        return None
-    lacking = ", ".join(str(each) for each in pending(connection))
-    if problem is None:
-        return f"the tables say that they are of version {SCHEMA_VERSION}, and lack {lacking}" if lacking else None
-    return f"{problem}: it changes {lacking}" if lacking else problem
+        return problem
+    lacking = ", ".join([*map(str, pending(connection)), *(f"the table {name}" for name in missing)])
+    if problem is None or "version" not in problem:
+        return f"the tables say that they are of version {SCHEMA_VERSION}, and lack {lacking}" if lacking else problem
+    return f"{problem}: it lacks {lacking}" if lacking else problem
+
+
+def _missing(connection: Connection) -> list[str]:
+    from aftercommit.records.tables import Base  # mapping them takes time that an import must not
+
+    inspector = inspect(connection)
+    return sorted(name for name in Base.metadata.tables if not inspector.has_table(name))

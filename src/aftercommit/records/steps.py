@@ -162,7 +162,17 @@ class Step:
 
 
 STEPS: Final[tuple[Step, ...]] = (
-    Step(2, (AddColumn("aftercommit_task", "refunds"), AddColumn("aftercommit_worker", "backends"))),
+    Step(
+        2,
+        (
+            AddColumn("aftercommit_task", "refunds"),
+            AddColumn("aftercommit_worker", "backends"),
+            AddColumn("aftercommit_task", "schedule"),
+            AddColumn("aftercommit_task", "scheduled_at"),
+            AddColumn("aftercommit_worker", "declares"),
+            AddIndex("aftercommit_task", "aftercommit_task_scheduled"),
+        ),
+    ),
 )
 """One for each version after the first, in order."""
 

@@ -39,10 +39,12 @@ class Sweep:
     Attributes:
         workers: Processes that run tasks and were heard of lately.
         tasks: By the name that the records carry.
+        overdue: Schedules that have been due for more than two minutes.
     """
 
     workers: int
     tasks: dict[str, ClusterTask]
+    overdue: int
 
 
 _SWEEP = Statement(
@@ -51,13 +53,17 @@ _SWEEP = Statement(
     "WHERE state = 'queued' GROUP BY task "
     "UNION ALL SELECT 'running', task, count(*), NULL FROM aftercommit_task WHERE state = 'running' GROUP BY task "
     "UNION ALL SELECT 'workers', NULL, count(*), NULL FROM aftercommit_worker "
-    "WHERE seen_at > clock_timestamp() + :silent * interval '1 second'",
+    "WHERE seen_at > clock_timestamp() + :silent * interval '1 second' "
+    "UNION ALL SELECT 'overdue', NULL, count(*), NULL FROM aftercommit_schedule "
+    "WHERE paused_at IS NULL AND ended_at IS NULL AND next_at < clock_timestamp() - interval '120 seconds'",
     # Without the plus SQLite would read the index of keys, and with it every record that there is, for its order.
     "SELECT 'queued', task, count(*), (julianday('now') - julianday(MIN(run_at))) * 86400.0 FROM aftercommit_task "
     "WHERE state = 'queued' GROUP BY +task "
     "UNION ALL SELECT 'running', task, count(*), NULL FROM aftercommit_task WHERE state = 'running' GROUP BY +task "
     "UNION ALL SELECT 'workers', NULL, count(*), NULL FROM aftercommit_worker "
-    "WHERE seen_at > (strftime('%Y-%m-%d %H:%M:%f', 'now', :silent || ' seconds') || '000')",
+    "WHERE seen_at > (strftime('%Y-%m-%d %H:%M:%f', 'now', :silent || ' seconds') || '000') "
+    "UNION ALL SELECT 'overdue', NULL, count(*), NULL FROM aftercommit_schedule WHERE paused_at IS NULL "
+    "AND ended_at IS NULL AND next_at < (strftime('%Y-%m-%d %H:%M:%f', 'now', '-120 seconds') || '000')",
 )
 
 
@@ -75,4 +81,5 @@ def sweep(connection: Connection, *, silent_after: float) -> Sweep:
     for task in sorted({*queued, *running}):
         count, age = queued.get(task, (0, -1.0))
         tasks[task] = ClusterTask(queued=count, running=running.get(task, 0), oldest_due=age if age >= 0 else None)
-    return Sweep(workers=next(count for what, _task, count, _age in rows if what == "workers"), tasks=tasks)
+    whole = {what: count for what, task, count, _age in rows if task is None}
+    return Sweep(workers=whole["workers"], tasks=tasks, overdue=whole["overdue"])

@@ -12,6 +12,7 @@ from sqlalchemy import (
     BigInteger,
     DateTime,
     Dialect,
+    Float,
     Index,
     Integer,
     String,
@@ -31,6 +32,7 @@ __all__ = [
     "EventRecord",
     "PoolState",
     "ProgressRecord",
+    "ScheduleRecord",
     "SchemaRecord",
     "TaskRecord",
     "UtcDateTime",
@@ -106,6 +108,8 @@ class TaskRecord(Base):
         error: The last error in one line.
         traceback: Its traceback.
         errors: One entry per failed attempt: ``attempt``, ``at``, ``error``, ``traceback``.
+        schedule: The schedule that asked for it, if one did.
+        scheduled_at: The tick of that schedule.
         progress_done: How far it is.
         progress_total: Of how many, if that is known.
     """
@@ -136,6 +140,8 @@ class TaskRecord(Base):
     error: Mapped[str | None] = mapped_column(Text)
     traceback: Mapped[str | None] = mapped_column(Text)
     errors: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON(none_as_null=True))
+    schedule: Mapped[str | None] = mapped_column(String(255))
+    scheduled_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
     progress_done: Mapped[int | None] = column_property(
         select(ProgressRecord.done)
@@ -158,6 +164,7 @@ class TaskRecord(Base):
 _queued = TaskRecord.state == "queued"
 _running = TaskRecord.state == "running"
 _finished = TaskRecord.finished_at.is_not(None)
+_scheduled = TaskRecord.schedule.is_not(None)
 
 # One per question: what is due next in a pool, what waits there of which kind, who holds what, what a key already
 # waits for, what may be pruned.
@@ -184,6 +191,14 @@ Index("aftercommit_task_held", TaskRecord.worker, postgresql_where=_running, sql
 Index("aftercommit_task_key", TaskRecord.task, TaskRecord.queued_key, unique=True)
 Index("aftercommit_task_finished", TaskRecord.finished_at, postgresql_where=_finished, sqlite_where=_finished)
 
+Index(
+    "aftercommit_task_scheduled",
+    TaskRecord.schedule,
+    TaskRecord.scheduled_at,
+    postgresql_where=_scheduled,
+    sqlite_where=_scheduled,
+)
+
 
 class WorkerRecord(Base):
     """A process that runs tasks, and when it was last heard of.
@@ -196,6 +211,7 @@ class WorkerRecord(Base):
         seen_at: Its last heartbeat.
         pools: The pools it runs.
         names: The tasks it knows.
+        declares: A hash of each schedule that its code declares, by name.
         backends: The server processes of its connections, as far as it can be sure of them; None where there are none.
     """
 
@@ -209,6 +225,7 @@ class WorkerRecord(Base):
     pools: Mapped[list[str]] = mapped_column(JSON)
     names: Mapped[list[str]] = mapped_column(JSON)
     backends: Mapped[list[Any] | None] = mapped_column(JSON(none_as_null=True))
+    declares: Mapped[dict[str, str] | None] = mapped_column(JSON(none_as_null=True))
 
 
 class PoolState(Base):
@@ -270,6 +287,72 @@ class EventRecord(Base):
 
 Index("aftercommit_event_key", EventRecord.event, EventRecord.key, unique=True)
 Index("aftercommit_event_published", EventRecord.published_at)
+
+
+class ScheduleRecord(Base):
+    """A schedule: when a task is due again and again, and what became of that.
+
+    Attributes:
+        name: Its name.
+        task: The task's name.
+        arguments: What crosses to each run, as JSON by parameter.
+        origin: ``code`` if the application's code declares it, ``data`` if it was made with ``db.create_schedule``.
+        kind: ``cron`` or ``every``.
+        expression: The cron expression.
+        seconds: The distance of two ticks of ``every``.
+        timezone: The zone of the cron expression.
+        options: How it catches up, what becomes of overlaps, and so on.
+        version: Rises with each change, so that nobody fires by what was true before.
+        anchor: Where ``every`` counts from: the moment of its creation.
+        next_at: Its next tick; None if there is none to come.
+        last_at: The last tick that fired.
+        last_task: The record of that one.
+        fired: How many ticks fired.
+        skipped: How many were left out because the one before was unfinished.
+        missed: How many were not fired by themselves because nobody could in time.
+        paused_at: Since when it is paused.
+        paused_by: Who paused it.
+        declared_at: When code that declares it started last.
+        ended_at: Since when it has ended.
+        ended_because: Why.
+        created_at: When it was made.
+        parent: The run that made it.
+    """
+
+    __tablename__ = "aftercommit_schedule"
+
+    name: Mapped[str] = mapped_column(String(255), primary_key=True)
+    task: Mapped[str] = mapped_column(String(255))
+    arguments: Mapped[dict[str, Any]] = mapped_column(JSON(none_as_null=True))
+    origin: Mapped[str] = mapped_column(String(4))
+    kind: Mapped[str] = mapped_column(String(5))
+    expression: Mapped[str | None] = mapped_column(String(255))
+    seconds: Mapped[float | None] = mapped_column(Float(53))
+    timezone: Mapped[str | None] = mapped_column(String(255))
+    options: Mapped[dict[str, Any]] = mapped_column(JSON(none_as_null=True))
+    version: Mapped[int] = mapped_column(Integer, server_default=text("1"))
+    anchor: Mapped[datetime] = mapped_column(UtcDateTime)
+    next_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    last_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    last_task: Mapped[UUID | None] = mapped_column(Uuid)
+    fired: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    skipped: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    missed: Mapped[int] = mapped_column(BigInteger, server_default=text("0"))
+    paused_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    paused_by: Mapped[str | None] = mapped_column(String(255))
+    declared_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    ended_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    ended_because: Mapped[str | None] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    parent: Mapped[UUID | None] = mapped_column(Uuid)
+
+    def __repr__(self) -> str:
+        """Name, and when it is due next."""
+        return f"<ScheduleRecord {self.name!r} of {self.task!r}, next at {self.next_at}>"
+
+
+_alive = ScheduleRecord.paused_at.is_(None) & ScheduleRecord.ended_at.is_(None)
+Index("aftercommit_schedule_next", ScheduleRecord.next_at, postgresql_where=_alive, sqlite_where=_alive)
 
 
 class SchemaRecord(Base):

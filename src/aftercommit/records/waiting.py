@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Final
 from aftercommit.records.statement import Statement
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from sqlalchemy import Connection
 
-__all__ = ["KINDS_LITE", "KINDS_PG", "Waiting", "look"]
+__all__ = ["KINDS_LITE", "KINDS_PG", "Waiting", "look", "look_around"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,13 +71,22 @@ _LOOK = Statement(
     "SELECT e.pool, MIN(CASE WHEN e.task NOT IN (SELECT task FROM known) THEN NULL WHEN isfinite(e.first) THEN "
     "EXTRACT(EPOCH FROM e.first - now()) WHEN e.first < now() THEN -1 END), "
     "false, bool_or(e.last > now() OR e.task NOT IN (SELECT task FROM known)) FROM ends e GROUP BY e.pool "
-    "UNION ALL SELECT name, NULL, true, false FROM aftercommit_pool",
+    "UNION ALL SELECT name, NULL, true, false FROM aftercommit_pool "
+    # Of the code only what this process declares, others if it knows their task.
+    "UNION ALL SELECT NULL, EXTRACT(EPOCH FROM (SELECT s.next_at FROM aftercommit_schedule s WHERE s.paused_at IS NULL "
+    "AND s.ended_at IS NULL AND s.next_at IS NOT NULL AND ((s.origin = 'data' AND s.task IN (SELECT task FROM known)) "
+    "OR (s.origin = 'code' AND s.name IN (SELECT json_array_elements_text(CAST(:declared AS json))))) "
+    "ORDER BY s.next_at LIMIT 1) - now()), false, false",
     f"WITH {KINDS_LITE}, {_ENDS}, known AS (SELECT value AS task FROM json_each(:names)) "
     # As the claim compares them. An impossible date has no Julian day, and is before or behind us all the same.
     "SELECT e.pool, MIN(CASE WHEN e.task IN (SELECT task FROM known) THEN COALESCE((julianday(e.first) "
     f"- julianday('now')) * 86400.0, CASE WHEN e.first <= {_LITE_NOW} THEN -1.0 END) END), "
     f"0, MAX(e.last > {_LITE_NOW} OR e.task NOT IN (SELECT task FROM known)) FROM ends e "
-    "GROUP BY e.pool UNION ALL SELECT name, NULL, 1, 0 FROM aftercommit_pool",
+    "GROUP BY e.pool UNION ALL SELECT name, NULL, 1, 0 FROM aftercommit_pool "
+    "UNION ALL SELECT NULL, (julianday((SELECT s.next_at FROM aftercommit_schedule s WHERE s.paused_at IS NULL "
+    "AND s.ended_at IS NULL AND s.next_at IS NOT NULL AND ((s.origin = 'data' AND s.task IN (SELECT task FROM known)) "
+    "OR (s.origin = 'code' AND s.name IN (SELECT value FROM json_each(:declared)))) "
+    "ORDER BY s.next_at LIMIT 1)) - julianday('now')) * 86400.0, 0, 0",
 )
 
 
@@ -88,10 +97,28 @@ def look(connection: Connection, *, names: Sequence[str]) -> dict[str, Waiting]:
         connection: In a transaction, or in autocommit.
         names: The tasks that the worker knows.
     """
-    rows = _LOOK.execute(connection, {"names": json.dumps(list(names))})
-    return {
-        pool: Waiting(
-            seconds=None if seconds is None else float(seconds), is_paused=bool(paused), is_crowded=bool(crowded)
-        )
-        for pool, seconds, paused, crowded in rows
-    }
+    return look_around(connection, names=names, declared=())[0]
+
+
+def look_around(
+    connection: Connection, *, names: Sequence[str], declared: Collection[str]
+) -> tuple[dict[str, Waiting], float | None]:
+    """Say what ``look`` does, and in how many seconds a schedule is due that this process may fire; None if none is.
+
+    One statement: an idle process costs the server no more with schedules than without.
+
+    Args:
+        connection: In a transaction, or in autocommit.
+        names: The tasks that the worker knows.
+        declared: The schedules that its code declares.
+    """
+    parameters = {"names": json.dumps(list(names)), "declared": json.dumps(sorted(declared))}
+    found: dict[str, Waiting] = {}
+    schedule: float | None = None
+    for pool, seconds, paused, crowded in _LOOK.execute(connection, parameters):
+        due = None if seconds is None else float(seconds)
+        if pool is None:
+            schedule = due
+        else:
+            found[pool] = Waiting(seconds=due, is_paused=bool(paused), is_crowded=bool(crowded))
+    return found, schedule

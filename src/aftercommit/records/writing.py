@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy import Connection
 
-__all__ = ["SEES_THE_NEWEST", "NewTask", "has_snapshot", "insert"]
+__all__ = ["SEES_THE_NEWEST", "NewTask", "has_snapshot", "insert", "insert_new"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +47,8 @@ class NewTask:
         at: The moment it is due, instead.
         parent: The run that asks for it.
         context: Trace headers and log context as JSON text.
+        schedule: The schedule that asks for it.
+        scheduled_at: The tick of that schedule.
     """
 
     id: UUID
@@ -61,11 +63,13 @@ class NewTask:
     at: datetime | None
     parent: UUID | None
     context: str | None
+    schedule: str | None = None
+    scheduled_at: datetime | None = None
 
 
 _COLUMNS = (
     "INSERT INTO aftercommit_task (id, task, pool, state, arguments, key, queued_key, priority, attempt, claims, "
-    "max_attempts, run_at, enqueued_at, started_at, worker, parent, context) "
+    "max_attempts, run_at, enqueued_at, started_at, worker, parent, context, schedule, scheduled_at) "
 )
 # One parameter, whatever the number of rows: the statement stays the same, so it is prepared once, and the limit of
 # 65 535 parameters is never met. The arguments are a string inside the JSON, so that the server does not read them
@@ -75,10 +79,11 @@ _POSTGRESQL = (
     "CAST(r.arguments AS json), r.key, r.queued_key, r.priority, CASE WHEN r.worker IS NULL THEN 0 ELSE 1 END, "
     "CASE WHEN r.worker IS NULL THEN 0 ELSE 1 END, r.max_attempts, "
     "COALESCE(r.at, clock_timestamp() + r.delay * interval '1 second'), clock_timestamp(), "
-    "CASE WHEN r.worker IS NULL THEN NULL ELSE clock_timestamp() END, r.worker, r.parent, CAST(r.context AS json) "
+    "CASE WHEN r.worker IS NULL THEN NULL ELSE clock_timestamp() END, r.worker, r.parent, CAST(r.context AS json), "
+    "r.schedule, r.scheduled_at "
     "FROM json_to_recordset(CAST(:rows AS json)) AS r(id uuid, task text, pool text, arguments text, worker uuid, "
     "key text, queued_key text, priority integer, max_attempts integer, delay double precision, at timestamptz, "
-    "parent uuid, context text)"
+    "parent uuid, context text, schedule text, scheduled_at timestamptz)"
 )
 _NOW = "(strftime('%Y-%m-%d %H:%M:%f', 'now') || '000')"
 
@@ -93,10 +98,13 @@ _SQLITE = (
     f"{_of('queued_key')}, {_of('priority')}, CASE WHEN {_of('worker')} IS NULL THEN 0 ELSE 1 END, "
     f"CASE WHEN {_of('worker')} IS NULL THEN 0 ELSE 1 END, {_of('max_attempts')}, "
     f"COALESCE({_of('at')}, strftime('%Y-%m-%d %H:%M:%f', 'now', {_of('delay')} || ' seconds') || '000'), {_NOW}, "
-    f"CASE WHEN {_of('worker')} IS NULL THEN NULL ELSE {_NOW} END, {_of('worker')}, {_of('parent')}, {_of('context')} "
+    f"CASE WHEN {_of('worker')} IS NULL THEN NULL ELSE {_NOW} END, {_of('worker')}, {_of('parent')}, {_of('context')}, "
+    f"{_of('schedule')}, {_of('scheduled_at')} "
     "FROM json_each(:rows) AS r WHERE true"
 )
 _INSERT = Statement(_POSTGRESQL, _SQLITE)
+_IF_NOT_THERE = " ON CONFLICT (id) DO NOTHING RETURNING id"
+_INSERT_NEW = Statement(_POSTGRESQL + _IF_NOT_THERE, _SQLITE + _IF_NOT_THERE)
 SEES_THE_NEWEST = "current_setting('transaction_isolation') IN ('read committed', 'read uncommitted')"
 """Elsewhere ``ON CONFLICT`` fails where the row that it meets is newer than the snapshot, and the commit with it."""
 _INSERT_KEYED = Statement(
@@ -142,6 +150,11 @@ def insert(connection: Connection, tasks: Sequence[NewTask]) -> set[UUID]:
         return _insert_under_snapshot(connection, tasks)
     # Claimed between the two statements, or never met: without the key nobody is waited for.
     return written | _insert_without_key(connection, [each for each in left if (each.task, each.key) not in met])
+
+
+def insert_new(connection: Connection, tasks: Sequence[NewTask]) -> set[UUID]:
+    """Write those of *tasks* whose ids are not there yet; return these. None of them has a key."""
+    return _ids(_INSERT_NEW.execute(connection, {"rows": _rows(connection, tasks)}).scalars())
 
 
 def has_snapshot(connection: Connection) -> bool:
@@ -190,8 +203,6 @@ def _row(task: NewTask, *, is_sqlite: bool, takes_key: bool) -> dict[str, object
     def identifier(value: UUID | None) -> str | None:
         return None if value is None else value.hex
 
-    # Text on SQLite, which compares it with its own clock in UTC.
-    at = None if task.at is None else task.at.astimezone(UTC)
     return {
         "id": task.id.hex,
         "task": task.task,
@@ -203,7 +214,17 @@ def _row(task: NewTask, *, is_sqlite: bool, takes_key: bool) -> dict[str, object
         "priority": task.priority,
         "max_attempts": task.max_attempts,
         "delay": task.delay,
-        "at": None if at is None else at.strftime("%Y-%m-%d %H:%M:%S.%f") if is_sqlite else at.isoformat(),
+        "at": _moment(task.at, is_sqlite=is_sqlite),
         "parent": identifier(task.parent),
         "context": task.context,
+        "schedule": task.schedule,
+        "scheduled_at": _moment(task.scheduled_at, is_sqlite=is_sqlite),
     }
+
+
+def _moment(moment: datetime | None, *, is_sqlite: bool) -> str | None:
+    """As text: SQLite compares it with its own clock, in UTC."""
+    if moment is None:
+        return None
+    there = moment.astimezone(UTC)
+    return there.strftime("%Y-%m-%d %H:%M:%S.%f") if is_sqlite else there.isoformat()

@@ -78,10 +78,19 @@ class Herald:
         if is_new:
             self._books.wake()
 
+    def call(self) -> None:
+        """Have it said soon that something else was changed: everybody is to look. No I/O."""
+        if self._is_mute:
+            return
+        with self._lock:
+            is_new, self._look = not self._look, True
+        if is_new:
+            self._books.wake()
+
     def due(self) -> float | None:
         """Seconds until there is something to send; None if there is nothing."""
         with self._lock:
-            return max(0.0, self._not_before - time.monotonic()) if self._pools else None
+            return max(0.0, self._not_before - time.monotonic()) if self._pools or self._look else None
 
     def send(self) -> None:
         """Send what there is; on the bookkeeping thread."""
@@ -90,9 +99,10 @@ class Herald:
     def _send(self, connection: Any) -> None:
         with self._lock:
             pools, self._pools = self._pools, set()
+            look, self._look = self._look, False
             self._not_before = time.monotonic() + _BETWEEN_NEWS
-        if pools:
-            notifying.notify(connection, pools)
+        if pools or look:
+            notifying.notify(connection, pools, look=look)
 
     def _round(self) -> float:
         due = self.due()

@@ -266,13 +266,22 @@ class Outbox:
             if runner is None or not runner.submit(entry.as_run(None), reserved=False):
                 self._report_memory_lost(entry)
         elif entry.written:
-            self._tell(entry.task.settings.pool)
+            self.tell(entry.task.settings.pool)
 
-    def _tell(self, pool: str) -> None:
+    def tell(self, pool: str) -> None:
+        """Have *pool* looked at soon, here or elsewhere: something of it was queued."""
         if self.runner is not None:
             self.runner.expect(pool)
         elif self.herald is not None:
             self.herald.tell(pool)
+
+    def look(self) -> None:
+        """Have everybody look soon, here and elsewhere: a schedule was changed."""
+        if self.runner is not None:
+            self.runner.look()
+        herald = self.herald if self.runner is None else self.runner.herald
+        if herald is not None:
+            herald.call()
 
     def _report_memory_lost(self, entry: Wanted) -> None:
         logger.error(

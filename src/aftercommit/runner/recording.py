@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from sqlalchemy.util import greenlet_spawn
 
 from aftercommit import signals
+from aftercommit.errors import RowGone
 from aftercommit.records import moves
 from aftercommit.runner.bookkeeper import BooksClosed
 from aftercommit.runner.executor import AsyncExecutor, SyncExecutor
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 __all__ = ["async_end", "async_still_ours", "end", "note_repeat", "still_ours", "succeeded", "tell_failed"]
 
 logger = logging.getLogger(__name__)
+
+_ROW_GONE: Final = "a row that it was made with is gone"
 
 _RECORDING_TRIES: Final = 6
 _MAY_PASS: Final = (
@@ -83,6 +86,10 @@ def tell_failed(run: Run, error: BaseException) -> None:
     seconds = run.seconds
     run.task.figures.failed(seconds)
     signals.emit(signals.TaskFailed(**run.facts(), error=error, seconds=seconds))
+    tick = run.current.tick
+    if tick is not None and run.ends_schedule:
+        logger.warning("Schedule %r has ended: %s", tick.schedule, _ROW_GONE)
+        signals.emit(signals.ScheduleEnded(schedule=tick.schedule, reason=_ROW_GONE))
 
 
 def _lost(run: Run) -> None:
@@ -278,7 +285,13 @@ class _Recording:
 
 def _write_failure(run: Run, error: BaseException, connection: Connection) -> bool:
     assert run.claim is not None  # noqa: S101  # asked by the callers
-    return moves.fail(connection, run.claim, failure_of(error), at=now())
+    held = moves.fail(connection, run.claim, failure_of(error), at=now())
+    if held and isinstance(error, RowGone) and run.current.tick is not None:
+        from aftercommit.records import schedules  # mapping the tables takes time that an import must not
+
+        # Made for that row: it would fail for ever.
+        run.ends_schedule = schedules.end_data(connection, run.current.tick.schedule, because=_ROW_GONE)
+    return held
 
 
 def _writing_back(run: Run, error: BaseException, step: Again | GiveBack) -> Callable[[Connection], bool]:

@@ -129,6 +129,8 @@ class Rounds:
 
     def look(self) -> None:
         """Poll soon."""
+        for duty in self._runner.duties:
+            duty.look()
         self._next_poll = 0.0
         self._runner.books.wake()
 
@@ -209,6 +211,7 @@ class Rounds:
                 yield partial(runner.share, lane)
             if lane.has_queued:
                 yield partial(self._claim, lane)
+        yield from (duty.make for duty in runner.duties if now >= duty.due)
         if runner.progressing and now >= self._next_progress:
             yield self._write_progress
         if runner.herald.due() == 0.0:
@@ -237,6 +240,7 @@ class Rounds:
 
     def _following(self) -> list[float]:
         due = [self._next_beat, self._next_poll, self._next_prune, self._next_sweep, self.backends.due]
+        due += [duty.due for duty in self._runner.duties]
         if self._runner.progressing:
             due.append(self._next_progress)
         if any(lane.is_ahead for lane in self._runner.lanes.values()):
@@ -352,7 +356,12 @@ class Rounds:
     def _poll(self) -> None:
         runner = self._runner
         names = runner.names()
-        found = runner.books.execute(lambda c: waiting.look(c, names=names), autocommit=True)
+        found, seconds = runner.books.execute(
+            lambda c: waiting.look_around(c, names=names, declared=runner.declared), autocommit=True
+        )
+        if seconds is not None:
+            for duty in runner.duties:
+                duty.expect_in(seconds)
         due = {pool: each.seconds for pool, each in found.items() if each.seconds is not None}
         self._crowded = {pool for pool, each in found.items() if each.is_crowded}
         following = self._pace.poll_listening if runner.is_listening else self._pace.poll

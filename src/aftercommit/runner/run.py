@@ -24,6 +24,7 @@ from aftercommit.records.moves import Claim, Failure
 from aftercommit.sessions import Owner
 from aftercommit.tasks.current import CurrentRun, current_run
 from aftercommit.tasks.retry import Tries
+from aftercommit.tasks.tick import tick_of
 from aftercommit.tasks.transient import Fault, cancels_ours, fault_of
 from aftercommit.wording import told, told_fully
 
@@ -71,6 +72,7 @@ class Run:
         abandoned: Why nothing of it may be committed any more, or None.
         is_taken_over: Whether somebody else records its end: it hangs.
         is_committed: Whether its last commit is done.
+        ends_schedule: Whether its failure has ended the schedule that asked for it.
         was_called: Whether the task's function was called, under this claim.
         got_on: Whether this claim has saved something that the next one goes on from.
     """
@@ -98,6 +100,7 @@ class Run:
     abandoned: Exception | None = None
     is_taken_over: bool = False
     is_committed: bool = False
+    ends_schedule: bool = False
     was_called: bool = False
     got_on: bool = False
     current: CurrentRun = field(init=False)
@@ -219,6 +222,7 @@ class Run:
             attempt=self.attempt,
             restored=None if checkpoint is None else json.loads(checkpoint),
             on_progress=self._progressed,
+            tick=tick_of(self.context),
         )
 
     def _progressed(self) -> None:

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import deque
 from functools import partial
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Protocol
 from uuid import UUID
 
 from sqlalchemy.exc import DBAPIError
@@ -34,7 +34,7 @@ from aftercommit.tasks.transient import Fault, fault_of
 from aftercommit.wording import told, without_values
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable, Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 
     from sqlalchemy import URL, Connection
 
@@ -47,6 +47,27 @@ logger = logging.getLogger(__name__)
 
 _UNWINDING_SECONDS: Final = 5.0
 _WRITING_SECONDS: Final = 10.0
+
+
+class Duty(Protocol):
+    """Something that the housekeeping does now and then, besides what every runner needs."""
+
+    @property
+    def due(self) -> float:
+        """When it wants to be called, by the monotonic clock; infinity for not at all."""
+        ...
+
+    def start(self, connection: Connection) -> None:
+        """Called once, in a transaction, before this process takes any work."""
+
+    def make(self) -> None:
+        """Do it; on the housekeeping thread."""
+
+    def look(self) -> None:
+        """Something was changed somewhere: be due soon. From any thread."""
+
+    def expect_in(self, seconds: float) -> None:
+        """A look at the database says when the next schedule is due."""
 
 
 class Runner:
@@ -83,6 +104,9 @@ class Runner:
         self.loop_thread = 0
         self.is_durable = False
         self._notify_url = notify_url
+        self.duties: list[Duty] = []
+        self.declared: Collection[str] = ()
+        """The schedules that the code of this process declares."""
         self._listener: Listener | None = None
         self._overrun: set[threading.Thread] = set()
         self._writing_seconds = _WRITING_SECONDS
@@ -117,6 +141,8 @@ class Runner:
         if durable:
             # The bookkeeping has little patience, because its heartbeats come again, and this does not.
             await in_the_end(partial(self.books.async_call, self.rounds.register))
+            for duty in self.duties:
+                await in_the_end(partial(self.books.async_call, duty.start))
         # Entered first: of processes that start together none would see another, and each would be content.
         try:
             await check()
@@ -552,7 +578,10 @@ class Runner:
         return not self.is_durable or self.books.call(self._nothing_due)
 
     def _nothing_due(self, connection: Connection) -> bool:
-        found = waiting.look(connection, names=self.names())
+        found, schedule = waiting.look_around(connection, names=self.names(), declared=self.declared)
+        if schedule is not None and schedule <= 0:
+            self.look()
+            return False
         due = [
             pool
             for pool, each in found.items()

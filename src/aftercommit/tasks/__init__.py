@@ -3,5 +3,6 @@
 from aftercommit.tasks.current import CurrentRun, current_run
 from aftercommit.tasks.definition import Task, TaskSettings
 from aftercommit.tasks.retry import Retry
+from aftercommit.tasks.tick import Tick
 
-__all__ = ["CurrentRun", "Retry", "Task", "TaskSettings", "current_run"]
+__all__ = ["CurrentRun", "Retry", "Task", "TaskSettings", "Tick", "current_run"]

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from uuid import UUID
 
+    from aftercommit.tasks.tick import Tick
+
 __all__ = ["CurrentRun", "as_current", "current_run"]
 
 
@@ -24,6 +26,7 @@ class CurrentRun:
         name: The task's name.
         attempt: 1 for the first.
         restored: The value that an earlier run of this task saved with ``checkpoint``; None if there is none.
+        tick: The tick of the schedule that asked for this run; None if the task was handed over by hand.
     """
 
     __slots__ = (
@@ -41,6 +44,7 @@ class CurrentRun:
         "saw_conflict",
         "saw_unique",
         "stopped_by",
+        "tick",
     )
 
     def __init__(
@@ -51,7 +55,9 @@ class CurrentRun:
         attempt: int,
         restored: Any,
         on_progress: Callable[[], None] | None,
+        tick: Tick | None = None,
     ) -> None:
+        self.tick = tick
         self.id = id
         self.name = name
         self.attempt = attempt

@@ -11,6 +11,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from aftercommit.cli.doctor.findings import Finding, Level, identifier, word
 from aftercommit.cli.doctor.reaching import configuration, no_url, unreachable, who_has_open
+from aftercommit.cli.doctor.schedules import check_schedules, take_schedules
 from aftercommit.cli.doctor.server import Clock, check_budget, check_clock, check_server
 from aftercommit.cli.doctor.setup import (
     check_drivers,
@@ -111,6 +112,11 @@ def _look(
     yield tables
     if found is not None:
         yield from check_work(found)
+        yield from check_schedules(
+            take_schedules(
+                connection, silent_after=db.pace.silent_after, declared=db.schedules.declared.keys(), where=where
+            )
+        )
 
 
 def _look_at_tables(
