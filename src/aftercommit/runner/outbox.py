@@ -209,7 +209,7 @@ class Outbox:
                 self.dropped(entries)
                 for entry in entries:
                     # It may have been another statement's error, behind the COMMIT: to look costs nothing.
-                    self._tell(entry.task.settings.pool)
+                    self.tell(entry.task.settings.pool)
             else:
                 self.committed(entries)
             return True
