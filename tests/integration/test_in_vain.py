@@ -100,6 +100,39 @@ def test_a_record_that_is_rewritten_from_elsewhere_reaches_the_ceiling(shop: Wor
     assert (shop.record(id).state, shop.effects()) == ("failed", [])
 
 
+def test_a_record_that_its_task_sets_back_as_a_whole_reaches_the_ceiling_too(shop: Workshop) -> None:
+    """Also where no number in the record says how often it was claimed."""
+    calls: list[str] = []
+    is_lite = shop.under_test.is_sqlite
+
+    @shop.task(repeatable=True)
+    def works(session: Session, label: str) -> None:
+        run = current_run()
+        assert run is not None
+        calls.append(label)
+        shop.sql(
+            "UPDATE aftercommit_task SET state = 'queued', worker = NULL, attempt = 0, claims = 0, refunds = 0 "
+            "WHERE id = :id",
+            id=run.id.hex if is_lite else str(run.id),
+        )
+
+    def look_again(_: signals.ClaimLost) -> None:
+        # Somebody else would find it with the next look, which may be seconds away.
+        shop.db.outbox.tell("default")
+
+    signals.subscribe(signals.ClaimLost)(look_again)
+    try:
+        with shop.running(), Heard(signals.TaskFailed) as heard:
+            id = shop.ask(works, "x")
+            error = heard.wait(signals.TaskFailed).error
+    finally:
+        signals.unsubscribe(look_again)
+
+    assert isinstance(error, RunInVain)
+    assert len(calls) <= 40
+    assert (shop.record(id).state, shop.effects()) == ("failed", [])
+
+
 # --- what is counted, and what is not ---------------------------------------------------------------------------------
 
 

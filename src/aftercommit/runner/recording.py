@@ -93,6 +93,7 @@ def tell_failed(run: Run, error: BaseException) -> None:
 
 
 def _lost(run: Run) -> None:
+    run.was_lost = True
     logger.warning("%s", run.lost())
     signals.emit(signals.ClaimLost(**run.facts(), seconds=run.seconds))
 

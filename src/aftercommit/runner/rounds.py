@@ -439,7 +439,8 @@ class Rounds:
                 arguments=each.arguments,
                 context=each.context,
                 checkpoint=each.checkpoint,
-                refunds=each.refunds,
+                # The record says it, unless its task sets that back each time.
+                refunds=max(each.refunds, runner.lost_runs.get(each.claim.id, 0)),
                 waited=each.waited,
                 pool=lane.name,
             )

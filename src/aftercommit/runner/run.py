@@ -72,6 +72,7 @@ class Run:
         abandoned: Why nothing of it may be committed any more, or None.
         is_taken_over: Whether somebody else records its end: it hangs.
         is_committed: Whether its last commit is done.
+        was_lost: Whether its end found the record in other hands.
         ends_schedule: Whether its failure has ended the schedule that asked for it.
         was_called: Whether the task's function was called, under this claim.
         got_on: Whether this claim has saved something that the next one goes on from.
@@ -100,6 +101,7 @@ class Run:
     abandoned: Exception | None = None
     is_taken_over: bool = False
     is_committed: bool = False
+    was_lost: bool = False
     ends_schedule: bool = False
     was_called: bool = False
     got_on: bool = False

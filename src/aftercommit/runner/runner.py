@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 _UNWINDING_SECONDS: Final = 5.0
 _WRITING_SECONDS: Final = 10.0
+_LOST_RUNS: Final = 10_000
 
 
 class Duty(Protocol):
@@ -104,6 +105,7 @@ class Runner:
         self.loop_thread = 0
         self.is_durable = False
         self._notify_url = notify_url
+        self.lost_runs: dict[UUID, int] = {}
         self.duties: list[Duty] = []
         self.declared: Collection[str] = ()
         """The schedules that the code of this process declares."""
@@ -549,9 +551,19 @@ class Runner:
         if self.held.get(run.id) is run:
             # The record may have been queued and claimed again by now, and the new run is held under the same id.
             del self.held[run.id]
+        self._count_lost(run)
         run.close()
         if run.id in self.progressing:
             self.books.wake()
+
+    def _count_lost(self, run: Run) -> None:
+        """Remember how often a record's runs were lost here: the record itself may have been set back by its task."""
+        if not run.was_lost:
+            self.lost_runs.pop(run.id, None)
+            return
+        if len(self.lost_runs) >= _LOST_RUNS:
+            self.lost_runs.clear()
+        self.lost_runs[run.id] = self.lost_runs.get(run.id, 0) + 1
 
     def _lane_changed(self, lane: Lane) -> None:
         if lane.has_queued and lane.capacity():
