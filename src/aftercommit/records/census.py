@@ -119,7 +119,7 @@ class Tuples:
 
 
 _VERSION = Statement("SELECT MAX(version) FROM aftercommit_schema")
-_UPDATED: Final = "'aftercommit_task', 'aftercommit_worker', 'aftercommit_batch'"
+_UPDATED: Final = "'aftercommit_task', 'aftercommit_worker', 'aftercommit_batch', 'aftercommit_schedule'"
 _WRITTEN: Final = f"{_UPDATED}, 'aftercommit_event', 'aftercommit_pool', 'aftercommit_progress'"
 # Asked for several privileges at once, has_table_privilege says whether there is any of them.
 _DENIED = Statement(
