@@ -63,6 +63,13 @@ class NoWatch:
         """Nothing."""
 
 
+def _listen_without_watch(target: Any, others: Any) -> None:
+    """All that listens to sessions of ours but what watches them."""
+    event.listen(target, "after_flush", _after_flush)
+    if others is not None:
+        others(target)
+
+
 def taken_out(stack: ExitStack) -> Database:
     """Take out what watches: connections, statements, open sessions, and the look for the line that opens one."""
     for name, instead in (
@@ -72,7 +79,7 @@ def taken_out(stack: ExitStack) -> Database:
         ("aftercommit.database.user_line", lambda **_: None),
         ("aftercommit.sessions.scopes.watch_session", lambda *_: NoWatch()),
         ("aftercommit.watch.sharing._get_bind", lambda kind: kind.get_bind),
-        ("aftercommit.watch.sharing._listen", lambda target: event.listen(target, "after_flush", _after_flush)),
+        ("aftercommit.watch.sharing._listen", _listen_without_watch),
     ):
         stack.enter_context(patch(name, instead))
     return Database(
