@@ -333,19 +333,51 @@ class KeysMachine(RuleBasedStateMachine):
         key=KEYS,
     )
     def interrupt(self, how: str, end: str, number: int, key: str) -> None:
-        """A run gets so far, and is queued again; then somebody asks for one."""
-        self.claim(3, crowded=False)
+        """A run gets so far, and is queued again; then somebody asks for one under the same key."""
+        self.hand_over(number, "READ COMMITTED", key, "none", 1000, meanwhile=False, then="commit")
+        self.claim(100, crowded=False)
+        mine = [place for place, run in enumerate(self.runs) if self.key_of[run.claim.id] == key]
+        if not mine:
+            return
         if how == "begun":
-            self.begin(0)
+            self.begin(mine[-1])
         elif how != "taken":
-            self.save(0, how)
+            self.save(mine[-1], how)
         if end == "given back":
-            self.give_back(0, refund=how == "begun")
+            self.give_back(mine[-1], refund=how == "begun")
         elif end == "released":
             self.release(refund=False)
         else:
             self.crash()
         self.hand_over(number, "READ COMMITTED", key, "none", 1, meanwhile=False, then="commit")
+
+    @rule(
+        number=ASKERS,
+        level=LEVELS,
+        key=KEYS,
+        first=st.sampled_from(["asked", "asked between", "claimed"]),
+        dies=st.booleans(),
+    )
+    def overtake(self, number: int, level: str, key: str, first: str, dies: bool) -> None:  # drawn
+        """An asker has not committed yet, while the worker claims, finishes or gives back what has the same key."""
+        if self.stands_still:
+            return
+        self.hand_over((number + 1) % 3, "READ COMMITTED", key, "none", 1000, meanwhile=False, then="commit")
+        if first == "claimed":
+            self.claim(100, crowded=False)
+        self.hand_over(number, level, key, "none", 1000, meanwhile=first == "asked between", then="stand still")
+        if first == "asked":
+            self.claim(100, crowded=False)
+        if self.stands_still:
+            return
+        if first == "claimed" and dies:
+            self.crash()
+        while self.runs:
+            if first == "claimed":
+                self.give_back(0, refund=False)
+            else:
+                self.finish(0)
+        self.commit(number)
 
     def drop(self, number: int) -> Reader:
         """Let a run go: what it has not committed is gone."""
