@@ -75,9 +75,16 @@ _RULES = (
         "AC106", "C6", "error swallowed without a rollback",
         "After a failed flush or commit a session refuses to work until it is rolled back (PendingRollbackError); after a "
         "failed statement PostgreSQL refuses the whole transaction. A handler that goes on with the same session writes "
-        "nothing of what it means to write.",
+        "nothing of what it means to write. A rollback undoes everything that is not committed yet, the work before the "
+        "try too: where each round of a loop commits, roll back; where one commit stands behind the loop, give each round "
+        "a savepoint (begin_nested), so that an error undoes that round alone. --fix inserts the rollback only where the "
+        "function itself shows that nothing else is uncommitted.",
         'except Exception as error:\n    job.status = "failed"\n    db.commit()',
-        'except Exception as error:\n    db.rollback()\n    job.status = "failed"\n    db.commit()',
+        'except Exception as error:\n    db.rollback()  # what was done before the try is committed already\n'
+        '    job.status = "failed"\n    db.commit()\n\n'
+        "for row in rows:  # one commit behind the loop: a savepoint for each round\n    try:\n"
+        "        with db.begin_nested():\n            db.add(row)\n    except IntegrityError:\n"
+        "        skipped.append(row)\ndb.commit()",
     ),
     Rule(
         "AC107", "C7", "work started before the commit",

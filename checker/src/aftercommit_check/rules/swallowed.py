@@ -9,6 +9,7 @@ from aftercommit_check.facts.values import Kind, Value
 from aftercommit_check.findings import Confidence, Edit
 from aftercommit_check.index.scopes import Function, Scope
 from aftercommit_check.rules.fate import in_loop
+from aftercommit_check.rules.pending import commits_each_round, rollback_loses_nothing
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -66,9 +67,9 @@ def _handler(context: Context, scope: Function, block: ast.Try, handler: ast.Exc
             confidence=Confidence.MEDIUM,
             runtime="After a failed flush or commit every use of the session raises PendingRollbackError; after a failed "
             "statement PostgreSQL refuses the rest of the transaction. What the handler means to write is lost.",
-            plain=f"except …:\n    {word}{shown}.rollback()\n    …",
+            plain=f"except …:\n    {word}{shown}.rollback()  # undoes all that is not committed yet, work before the try, too\n    …",
             aftercommit="A task's failure is recorded on a session of its own: pass on_failure= instead of writing in a handler.",
-            edits=_fix(context, handler, shown, session),
+            edits=_fix(context, scope, block, handler, session, shown),
         )
         return
     parents = scope.body.parents
@@ -76,15 +77,23 @@ def _handler(context: Context, scope: Function, block: ast.Try, handler: ast.Exc
     if (writes and in_loop(block, parents) and not _leaves(handler) and not session.identity.startswith("opened:")) or (
         writes and in_loop(block, parents) and not _leaves(handler) and not _opened_in_loop(session, scope)
     ):
+        if commits_each_round(scope, block, shown):
+            plain = f"except …:\n    {word}{shown}.rollback()\n    …"
+        else:
+            begin = "async with" if session.is_async else "with"
+            plain = (
+                f"try:\n    {begin} {shown}.begin_nested():  # a savepoint: an error undoes this round alone\n        …\n"
+                "except …:\n    …"
+            )
         context.report(
             "AC106",
             handler,
             f"The loop goes on with `{shown}` after an error that is swallowed here without a rollback.",
             confidence=Confidence.MEDIUM,
             runtime="After one failed flush or commit every later round fails with PendingRollbackError, and is swallowed too.",
-            plain=f"except …:\n    {word}{shown}.rollback()\n    …",
+            plain=plain,
             aftercommit="db.run_batch(source, handler, on_error=…): a bad record costs nothing to the others.",
-            edits=_fix(context, handler, shown, session),
+            edits=_fix(context, scope, block, handler, session, shown),
         )
 
 
@@ -158,10 +167,14 @@ def _opened_in_loop(session: Value, scope: Function) -> bool:
     return session.call is not None and in_loop(session.call[0], scope.body.parents)
 
 
-def _fix(context: Context, handler: ast.ExceptHandler, shown: str, session: Value) -> tuple[Edit, ...]:
-    """Insert the rollback as the handler's first line: certain for a plain Session that is surely one."""
+def _fix(
+    context: Context, scope: Function, block: ast.Try, handler: ast.ExceptHandler, session: Value, shown: str
+) -> tuple[Edit, ...]:
+    """Insert the rollback as the handler's first line, where it surely undoes nothing but what failed."""
     first = handler.body[0]
     if session.is_async or not session.sure or first.lineno == handler.lineno:
+        return ()
+    if not rollback_loses_nothing(scope, block, handler, session):
         return ()
     line = context.module.lines[first.lineno - 1]
     indent = line[: len(line) - len(line.lstrip())]
