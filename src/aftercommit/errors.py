@@ -22,6 +22,7 @@ __all__ = [
     "ConfigurationError",
     "DatabaseUnavailable",
     "HandOverError",
+    "LockDeadlock",
     "LostClaim",
     "PayloadError",
     "PoolBudgetError",
@@ -226,6 +227,22 @@ class DatabaseUnavailable(AfterCommitError):
     """The database could not be reached when the application or a worker started."""
 
     code = "AC204"
+
+
+class LockDeadlock(AfterCommitError):
+    """SQLite's write lock was asked for by work that holds it itself, so that it could never come free.
+
+    Attributes:
+        holder: Who has the lock, since when, and on which line it was taken.
+        is_alone: Whether the work that asks has it itself; otherwise the holder waits for that work, through others.
+    """
+
+    code = "AC205"
+
+    def __init__(self, message: str, *, holder: str, is_alone: bool) -> None:
+        super().__init__(message)
+        self.holder = holder
+        self.is_alone = is_alone
 
 
 # --- runs of tasks ----------------------------------------------------------------------------------------------

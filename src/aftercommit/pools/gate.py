@@ -26,8 +26,8 @@ from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from aftercommit.errors import ConfigurationError
-from aftercommit.pools.turns import Held, take_turn
-from aftercommit.watch.holders import note_lock
+from aftercommit.pools.turns import Held, refuse_own, take_turn
+from aftercommit.watch.holders import held_by, note_lock
 from aftercommit.wording import without_values
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ _READS: Final = frozenset({"SELECT", "VALUES", "EXPLAIN"})
 # These cannot run inside a transaction, or manage one themselves.
 _OUTSIDE: Final = frozenset({"PRAGMA", "VACUUM", "ATTACH", "DETACH", "BEGIN", "COMMIT", "END", "ROLLBACK", "RELEASE"})
 _FIRST_WORD = re.compile(r"(?:\s+|--[^\n]*\n|/\*.*?\*/|\()*([A-Za-z]+)", re.DOTALL)
+_LOCKING_BEGIN = re.compile(r"\s*BEGIN\s+(?:IMMEDIATE|EXCLUSIVE)\b", re.IGNORECASE)
 _WRITING_WORD = re.compile(r"\b(?:INSERT|UPDATE|DELETE|REPLACE)\b", re.IGNORECASE)
 
 
@@ -112,7 +113,8 @@ class GatedConnection(sqlite3.Connection):
 
     def begin(self) -> None:
         """Begin, from inside the gate."""
-        turn, left = take_turn(self.file, self.patience)
+        here: Any = self
+        turn, left = take_turn(self.file, self.patience, held_by(here))
         cursor = sqlite3.Cursor(self)
         if left < self.patience:
             cursor.execute(f"PRAGMA busy_timeout = {left * 1000:.0f}")
@@ -126,8 +128,16 @@ class GatedConnection(sqlite3.Connection):
             if left < self.patience:
                 cursor.execute(f"PRAGMA busy_timeout = {self.patience * 1000:.0f}")
         self.turn = turn
-        here: Any = self
         note_lock(here)
+
+    def refuse_own(self) -> None:
+        """Refuse a statement that would wait for a lock which the same work has on another connection.
+
+        Raises:
+            LockDeadlock: If it has.
+        """
+        here: Any = self
+        refuse_own(self.file, held_by(here))
 
     def blobopen(self, *args: Any, **kwargs: Any) -> Any:
         """Open a blob, inside the transaction."""
@@ -301,11 +311,15 @@ def _executing(call: Callable[..., Any]) -> Callable[..., Any]:
             with connection.gate:
                 if connection.is_taken:
                     raise ConnectionTaken
-                if connection.expects_transaction and not connection.in_transaction:
-                    if sql == BEGIN:
+                if not connection.in_transaction:
+                    if not connection.expects_transaction:
+                        # Begun by hand, or a transaction by itself: it takes no turn.
+                        if needs_lock(sql) or _LOCKING_BEGIN.match(sql):
+                            connection.refuse_own()
+                    elif sql == BEGIN:
                         connection.begin()
                         return self
-                    if needs_lock(sql):
+                    elif needs_lock(sql):
                         connection.begin()
                 return call(self, sql, *args)
         finally:

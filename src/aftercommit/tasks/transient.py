@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Final
 
 from sqlalchemy import exc
 
-from aftercommit.errors import PoolExhausted
+from aftercommit.errors import LockDeadlock, PoolExhausted
 from aftercommit.wording import code_of, is_drivers, unit_of
 
 if TYPE_CHECKING:
@@ -259,7 +259,7 @@ def _own(link: BaseException) -> _Verdict | None:
     unit = unit_of(link)
     if isinstance(link, exc.DBAPIError) or is_drivers(link):
         return _database(link, unit)
-    if isinstance(link, PoolExhausted) and link.is_standstill:
+    if isinstance(link, LockDeadlock) or (isinstance(link, PoolExhausted) and link.is_standstill):
         # What a deadlock is in the database: this one was refused so that the others get on.
         return _Verdict(fault=Fault.PERMANENT if link.is_alone else Fault.CONFLICT, drop=False, link=link)
     if isinstance(link, exc.TimeoutError):  # the pool's: no connection was given

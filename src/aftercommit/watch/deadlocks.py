@@ -47,10 +47,10 @@ class ExecutionContext:
 
 
 class Takers(Protocol):
-    """A pool, as far as it matters here."""
+    """A pool of connections, or SQLite's write lock, as far as it matters here."""
 
     def takers(self) -> list[ExecutionContext] | None:
-        """Who has its connections; None while it may still have one to give."""
+        """The contexts that have what it gives; None while it may still have one to give."""
         ...
 
 
@@ -73,13 +73,17 @@ def this_context() -> ExecutionContext:
     return context
 
 
-def start_waiting(pool: Takers) -> ExecutionContext:
-    """Note that the caller may have to wait for a connection of *pool*, until ``stop_waiting``; return its context.
+def start_waiting(pool: Takers, context: ExecutionContext | None = None) -> ExecutionContext:
+    """Note that the caller may have to wait for something of *pool*'s, until ``stop_waiting``; return its context.
+
+    Args:
+        pool: A pool of connections, or of one lock.
+        context: Of the work that waits, where that is not the caller's.
 
     All note it, also where a connection seems to be free: another may be quicker. So whoever comes last to a deadlock
     sees all the others, and only that one has to look.
     """
-    context = this_context()
+    context = context or this_context()
     _waiting[context] = pool
     return context
 
