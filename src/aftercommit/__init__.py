@@ -18,7 +18,7 @@ from aftercommit.pools import PoolSettings
 from aftercommit.runner import TaskHandle
 from aftercommit.schedules import Cron, Every
 from aftercommit.stats import ClusterStats, ClusterTask, Holder, PoolStats, Stats, TaskStats, Timing
-from aftercommit.tasks import CurrentRun, Retry, Task, Tick, current_run
+from aftercommit.tasks import CurrentRun, Discard, Retry, RetryLater, Task, Tick, current_run
 
 if TYPE_CHECKING:
     from aftercommit.records.tables import ScheduleRecord, TaskRecord
@@ -32,12 +32,14 @@ __all__ = [
     "Cron",
     "CurrentRun",
     "Database",
+    "Discard",
     "EventHandle",
     "Every",
     "Holder",
     "PoolSettings",
     "PoolStats",
     "Retry",
+    "RetryLater",
     "ScheduleRecord",
     "Stats",
     "Task",

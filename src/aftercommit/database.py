@@ -301,6 +301,7 @@ class Database:
         repeatable: bool = False,
         isolation_level: str | None = None,
         on_failure: Callable[..., Any] | None = None,
+        expected: type[Exception] | Sequence[type[Exception]] = (),
         schedule: When | Sequence[When] = (),
     ) -> _Decorator: ...
     def task(
@@ -317,6 +318,7 @@ class Database:
         repeatable: bool = False,
         isolation_level: str | None = None,
         on_failure: Callable[..., Any] | None = None,
+        expected: type[Exception] | Sequence[type[Exception]] = (),
         schedule: When | Sequence[When] = (),
     ) -> Any:
         """Declare a function as a background task.
@@ -337,6 +339,8 @@ class Database:
             isolation_level: Of its transactions, instead of the pool's.
             on_failure: Called as ``on_failure(session, error, *args, **kwargs)`` when it has failed for good, in a
                 fresh session and in the transaction that records the failure.
+            expected: Errors that are outcomes which the application knows: recorded as ``failed``, in one line, and
+                logged as info.
             schedule: When it is due again and again: a ``Cron`` or ``Every``, or several.
 
         Raises:
@@ -356,6 +360,7 @@ class Database:
                 repeatable=repeatable,
                 isolation_level=isolation_level,
                 on_failure=on_failure,
+                expected=(expected,) if isinstance(expected, type) else tuple(expected),
             )
             task = self._register(define(function, settings, database=self))
             for each in (schedule,) if isinstance(schedule, (Cron, Every)) else tuple(schedule):

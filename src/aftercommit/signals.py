@@ -48,8 +48,10 @@ __all__ = [
     "ScheduleSkipped",
     "SessionLeaked",
     "Signal",
+    "TaskDiscarded",
     "TaskFailed",
     "TaskGivenBack",
+    "TaskPostponed",
     "TaskRetried",
     "TaskStarted",
     "TaskSucceeded",
@@ -165,10 +167,38 @@ class TaskFailed(RunSignal):
     Attributes:
         error: The exception.
         seconds: From start to failure.
+        expected: Whether ``@db.task(expected=…)`` names it: an outcome that the application knows, and no alarm.
     """
 
     error: BaseException
     seconds: float
+    expected: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskDiscarded(RunSignal):
+    """A run raised ``Discard``: rolled back, and the record says ``cancelled``.
+
+    Attributes:
+        reason: As the task has said it.
+        seconds: From start to end.
+    """
+
+    reason: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TaskPostponed(RunSignal):
+    """A run raised ``RetryLater``: rolled back, and queued again; its attempt does not count.
+
+    Attributes:
+        delay: Seconds until it is due again.
+        reason: As the task has said it.
+    """
+
+    delay: float
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

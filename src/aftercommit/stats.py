@@ -116,6 +116,9 @@ class TaskStats:
         retried: Attempts that failed, and that another follows.
         conflicts: Repeats that cost no attempt: after conflicts with others, of the whole run or of a batch's chunk.
         given_back: Runs that a stop interrupted, or that had not begun then, and that were queued again.
+        expected: Runs that failed in a way that ``@db.task(expected=…)`` names; not among ``failed``.
+        discarded: Runs that ended with ``Discard``.
+        postponed: Runs that ended with ``RetryLater``.
         run: How long runs took, from their start here to their end, repeats in place included.
         wait: How long runs had been due when they began.
     """
@@ -129,6 +132,9 @@ class TaskStats:
     retried: int
     conflicts: int
     given_back: int
+    expected: int
+    discarded: int
+    postponed: int
     run: Timing
     wait: Timing
 
@@ -244,6 +250,9 @@ def _task(task: Task[Any, Any], *, queued: int, running: int) -> TaskStats:
         retried=counts.retried,
         conflicts=counts.conflicts,
         given_back=counts.given_back,
+        expected=counts.expected,
+        discarded=counts.discarded,
+        postponed=counts.postponed,
         run=figures.run.read(),
         wait=figures.wait.read(),
     )

@@ -29,13 +29,14 @@ from aftercommit.records import moves, schema
 from aftercommit.records.ids import uuid7
 from aftercommit.runner import TaskHandle, Wanted
 from aftercommit.runner.around import around
-from aftercommit.runner.outcome import ClaimGone, Outcome
+from aftercommit.runner.outcome import ClaimGone, Discarded, Outcome, Postponed, decide_outcome
 from aftercommit.runner.recording import async_end, end
 from aftercommit.runner.run import Run
 from aftercommit.runner.shells import try_async, try_sync
 from aftercommit.schedules.ticks import ticks_after
 from aftercommit.tasks.arguments import Handed
-from aftercommit.tasks.retry import GiveUp
+from aftercommit.tasks.ends import expected_end
+from aftercommit.tasks.retry import GiveUp, is_named
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -140,7 +141,8 @@ class Tasks:
 
         Raises:
             Exception: What a task raises; its record says ``failed``, its ``on_failure`` was called, and the rest
-                stays pending.
+                stays pending. ``Discard`` and ``RetryLater`` are not raised: the record says ``cancelled``, or
+                ``queued`` for later, when no ``run`` looks for it.
         """
         count = 0
         while self.pending:
@@ -217,8 +219,8 @@ class Tasks:
         with around(run):
             error = try_sync(run, self)
             if error is not None:
-                end(run, error, _step_after(error), self)
-        if error is not None:
+                end(run, error, _step_after(run, error), self)
+        if error is not None and expected_end(error) is None:
             raise error
         return True
 
@@ -236,8 +238,8 @@ class Tasks:
         with around(run):
             error = await try_async(run, self)
             if error is not None:
-                await async_end(run, error, _step_after(error), self)
-        if error is not None:
+                await async_end(run, error, _step_after(run, error), self)
+        if error is not None and expected_end(error) is None:
             raise error
         return True
 
@@ -267,8 +269,14 @@ class Tasks:
         return lambda connection: moves.claim_one(connection, run.id, worker=self._worker)
 
 
-def _step_after(error: BaseException) -> Outcome:
-    return ClaimGone() if isinstance(error, LostClaim) else GiveUp(reason="a test runs a task once")
+def _step_after(run: Run, error: BaseException) -> Outcome:
+    if isinstance(error, LostClaim):
+        return ClaimGone()
+    outcome = decide_outcome(run, error)
+    if isinstance(outcome, (Discarded, Postponed)):
+        return outcome
+    is_expected = is_named(error, run.task.settings.expected)
+    return GiveUp(reason="a test runs a task once", expected=is_expected)
 
 
 class replace:  # noqa: N801  # reads as a verb: `with replace(db, url=…) as tasks:`

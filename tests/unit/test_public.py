@@ -9,8 +9,9 @@ import pytest
 PUBLIC = {
     "aftercommit": {
         "AfterCommitError", "BatchFailure", "BatchReport", "ClusterStats", "ClusterTask", "CurrentRun", "Database",
-        "Cron", "EventHandle", "Every", "Holder", "PoolSettings", "PoolStats", "Retry", "ScheduleRecord", "Stats",
-        "Task", "TaskHandle", "TaskRecord", "TaskStats", "Tick", "Timing", "current_run", "errors", "signals",
+        "Cron", "Discard", "EventHandle", "Every", "Holder", "PoolSettings", "PoolStats", "Retry", "RetryLater",
+        "ScheduleRecord", "Stats", "Task", "TaskHandle", "TaskRecord", "TaskStats", "Tick",
+        "Timing", "current_run", "errors", "signals",
     },
     "aftercommit.fastapi": {
         "AfterCommit", "AfterCommitDep", "AsyncSessionDep", "SessionDep", "after_commit_of", "async_session_of",

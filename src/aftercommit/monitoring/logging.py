@@ -46,6 +46,8 @@ class TaskContextFilter(logging.Filter):
 def log_signals() -> None:
     """Subscribe; ``import aftercommit`` does so. What it says is chosen by the levels of ``aftercommit.tasks``."""
     signals.subscribe(signals.TaskFailed)(_failed)
+    signals.subscribe(signals.TaskDiscarded)(_discarded)
+    signals.subscribe(signals.TaskPostponed)(_postponed)
     signals.subscribe(signals.TaskRetried)(_retried)
     signals.subscribe(signals.TaskGivenBack)(_given_back)
     signals.subscribe(signals.TaskSucceeded)(_succeeded)
@@ -56,6 +58,12 @@ def log_signals() -> None:
 
 
 def _failed(signal: signals.TaskFailed) -> None:
+    if signal.expected:
+        logger.info(
+            "Task %r (%s, attempt %d) failed as expected after %.3f s: %s",
+            signal.task, signal.id, signal.attempt, signal.seconds, told(signal.error), extra=_extra(signal),
+        )  # fmt: skip
+        return
     logger.error(
         "Task %r (%s, attempt %d) failed for good after %.3f s: %s",
         signal.task, signal.id, signal.attempt, signal.seconds, told(signal.error),
@@ -72,6 +80,20 @@ def _retried(signal: signals.TaskRetried) -> None:
         level, "Task %r (%s, attempt %d) will be tried again in %.3f s: %s",
         signal.task, signal.id, signal.attempt, signal.delay, told(signal.error),
         extra=_extra(signal),
+    )  # fmt: skip
+
+
+def _discarded(signal: signals.TaskDiscarded) -> None:
+    logger.info(
+        "Task %r (%s, attempt %d) was discarded after %.3f s: %s",
+        signal.task, signal.id, signal.attempt, signal.seconds, signal.reason, extra=_extra(signal),
+    )  # fmt: skip
+
+
+def _postponed(signal: signals.TaskPostponed) -> None:
+    logger.info(
+        "Task %r (%s, attempt %d) will be run again in %.3f s: %s",
+        signal.task, signal.id, signal.attempt, signal.delay, signal.reason, extra=_extra(signal),
     )  # fmt: skip
 
 

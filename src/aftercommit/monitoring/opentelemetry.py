@@ -16,6 +16,7 @@ from __future__ import annotations
 import threading
 import time
 from contextlib import contextmanager
+from functools import partial
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any, Final
 
@@ -149,6 +150,9 @@ class _Instrumentation:
             kind: meter.create_counter(f"aftercommit.{name}", unit, description)
             for kind, name, unit, description in _COUNTED
         }
+        self._expected = meter.create_counter(
+            "aftercommit.tasks.expected", "{task}", "Tasks that failed in a way that the application knows."
+        )
         self._lag = meter.create_histogram(
             "aftercommit.schedule.lag", "s", "From a tick to its firing.", explicit_bucket_boundaries_advisory=BUCKETS
         )
@@ -161,6 +165,8 @@ class _Instrumentation:
             signals.TaskRetried: self._retried,
             signals.TaskFailed: self._failed,
             signals.TaskGivenBack: self._given_back,
+            signals.TaskDiscarded: partial(self._ended_in_order, "discarded"),
+            signals.TaskPostponed: partial(self._ended_in_order, "postponed"),
             signals.ClaimLost: self._claim_lost,
             signals.TasksLost: self._lost,
             signals.TasksRescued: self._rescued,
@@ -270,9 +276,22 @@ class _Instrumentation:
     def _failed(self, signal: signals.TaskFailed) -> None:
         this = self._told(signal)
         if this is not None:
-            this.fail(signal.error)
+            if signal.expected:
+                # An outcome, not an error: what looks for errors in traces leaves it alone.
+                this.span.add_event("failed as expected", {"reason": told(signal.error)})
+            else:
+                this.fail(signal.error)
             self._end_if_hanging(this)
-        self._count(signal, signal.error)
+        if signal.expected:
+            self._expected.add(1, _attributes("process", signal.task, signal.pool))
+        else:
+            self._count(signal, signal.error)
+
+    def _ended_in_order(self, what: str, signal: signals.TaskDiscarded | signals.TaskPostponed) -> None:
+        this = self._told(signal)
+        if this is not None:
+            this.span.add_event(what, {"reason": signal.reason})
+        self._count(signal)
 
     def _given_back(self, signal: signals.TaskGivenBack) -> None:
         this = self._told(signal)
@@ -315,6 +334,8 @@ _COUNTED: Final[tuple[tuple[type[signals.Signal], str, str, str], ...]] = (
     (signals.TaskSucceeded, "tasks.succeeded", "{task}", "Runs whose own commit is done."),
     (signals.TaskRetried, "tasks.retried", "{attempt}", "Runs that failed in a way that may pass."),
     (signals.TaskFailed, "tasks.failed", "{task}", "Tasks that failed for good."),
+    (signals.TaskDiscarded, "tasks.discarded", "{task}", "Runs that said that there is nothing to do."),
+    (signals.TaskPostponed, "tasks.postponed", "{task}", "Runs that said that it is too early."),
     (signals.TaskGivenBack, "tasks.given_back", "{task}", "Runs that an orderly stop has interrupted."),
     (signals.ClaimLost, "claims.lost", "{claim}", "Runs that found their record in other hands."),
     (signals.TasksLost, "tasks.lost", "{task}", "Tasks that can never start."),

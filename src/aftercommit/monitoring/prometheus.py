@@ -148,7 +148,8 @@ class _Exporter(Collector):
             signals.TasksHandedOver: self._on_handed_over,
             signals.TaskStarted: lambda signal: self._wait.labels(signal.task, signal.pool).observe(signal.waited),
             signals.TaskSucceeded: lambda signal: self._observe_run(signal, "done"),
-            signals.TaskFailed: lambda signal: self._observe_run(signal, "failed"),
+            signals.TaskFailed: lambda signal: self._observe_run(signal, "expected" if signal.expected else "failed"),
+            signals.TaskDiscarded: lambda signal: self._observe_run(signal, "discarded"),
             signals.ClaimLost: lambda signal: self._claims_lost.labels(signal.task, signal.pool).inc(),
             signals.TasksLost: self._on_lost,
             signals.TasksRescued: lambda signal: self._rescued.inc(len(signal.requeued) + len(signal.failed)),
@@ -180,7 +181,9 @@ class _Exporter(Collector):
         for task, pool in zip(signal.tasks, signal.pools, strict=True):
             self._handed_over.labels(task, pool).inc()
 
-    def _observe_run(self, signal: signals.TaskSucceeded | signals.TaskFailed, outcome: str) -> None:
+    def _observe_run(
+        self, signal: signals.TaskSucceeded | signals.TaskFailed | signals.TaskDiscarded, outcome: str
+    ) -> None:
         self._run.labels(signal.task, signal.pool, outcome).observe(signal.seconds)
 
     def _on_fired(self, signal: signals.ScheduleFired) -> None:
@@ -303,6 +306,9 @@ _TASK_COUNTERS: Final[tuple[tuple[str, str, Callable[[TaskStats], int]], ...]] =
     ("retried", "Attempts that failed, and that another follows.", lambda task: task.retried),
     ("conflicts", "Repeats that cost no attempt.", lambda task: task.conflicts),
     ("given_back", "Runs that a stop has queued again.", lambda task: task.given_back),
+    ("expected", "Runs that failed in a way that the application knows.", lambda task: task.expected),
+    ("discarded", "Runs that said that there is nothing to do.", lambda task: task.discarded),
+    ("postponed", "Runs that said that it is too early.", lambda task: task.postponed),
 )
 _CLUSTER_GAUGES: Final[tuple[tuple[str, str, Callable[[ClusterStats], float]], ...]] = (
     ("workers", "Processes that run tasks.", lambda cluster: cluster.workers),

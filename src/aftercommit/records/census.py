@@ -160,10 +160,10 @@ _HELD_BY_NOBODY = Statement(
 # Beside MAX, SQLite gives the other columns of the row in which it was found.
 _FAILURES = Statement(
     "SELECT task, COUNT(*), (array_agg(error ORDER BY finished_at DESC))[1] FROM aftercommit_task "
-    "WHERE state = 'failed' AND finished_at >= now() - :within * interval '1 second' "
+    "WHERE state = 'failed' AND NOT expected AND finished_at >= now() - :within * interval '1 second' "
     "GROUP BY task ORDER BY task",
     "SELECT task, COUNT(*), error, MAX(finished_at) FROM aftercommit_task WHERE state = 'failed' "
-    "AND finished_at >= (strftime('%Y-%m-%d %H:%M:%f', 'now', -:within || ' seconds') || '000') "
+    "AND NOT expected AND finished_at >= (strftime('%Y-%m-%d %H:%M:%f', 'now', -:within || ' seconds') || '000') "
     # Without the plus it would read every record, in the order of the keys' index.
     "GROUP BY +task ORDER BY +task",
 )

@@ -40,6 +40,7 @@ __all__ = [
     "claim",
     "claim_one",
     "clear_progress",
+    "discard",
     "fail",
     "finish",
     "give_back",
@@ -92,6 +93,7 @@ class Claimed:
         checkpoint: JSON text, or None.
         refunds: How many claims before this one used no attempt up, did not end in order, and got nothing done.
         waited: Seconds since it was due, by the database's clock.
+        asked_ago: Seconds since it was handed over, by the same clock.
     """
 
     claim: Claim
@@ -103,6 +105,7 @@ class Claimed:
     checkpoint: str | None
     refunds: int
     waited: float
+    asked_ago: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,11 +131,13 @@ class Failure:
 
     Attributes:
         error: One line.
-        traceback: The whole, without bound values.
+        traceback: The whole, without bound values; None where there is nothing to look for.
+        expected: Whether the application knows this end.
     """
 
     error: str
-    traceback: str
+    traceback: str | None
+    expected: bool = False
 
 
 _MINE: Final = "WHERE id = :id AND attempt = :attempt AND claims = :claims AND state = 'running'"
@@ -267,8 +272,10 @@ _ENTRY_LITE: Final = (
 )
 _FAIL = Statement(
     f"UPDATE aftercommit_task SET state = 'failed', finished_at = {_PG_NOW}, error = :error, traceback = :traceback, "
+    "expected = CAST(:expected AS boolean), "
     f"attempt = LEAST(attempt, max_attempts), {_ENTRY_PG} {_MINE_AND_FREE}",
     f"UPDATE aftercommit_task SET state = 'failed', finished_at = {_LITE_NOW}, error = :error, traceback = :traceback, "
+    "expected = :expected, "
     f"attempt = MIN(attempt, max_attempts), {_ENTRY_LITE} {_MINE}",
 )
 # What has not even been tried keeps its place among the others.
@@ -299,6 +306,7 @@ def fail(connection: Connection, claim: Claim, failure: Failure, *, at: str) -> 
         sqlalchemy.exc.DBAPIError: With 55P03 while somebody else has locked the record.
     """
     parameters = {**claim.parameters(), **_written(failure), "entry": _entry(claim, failure, at)}
+    parameters["expected"] = failure.expected
     return _FAIL.execute(connection, parameters).rowcount == 1
 
 
@@ -311,6 +319,7 @@ def give_back(
     delay: float,
     refund: bool,
     got_on: bool = False,
+    in_order: bool = False,
 ) -> bool:
     """Queue the task again.
 
@@ -322,6 +331,7 @@ def give_back(
         delay: Seconds until it is due again.
         refund: Whether the attempt does not count.
         got_on: Whether it saved something that the next claim goes on from.
+        in_order: Whether the claim has not come to nothing, though there is something to note.
 
     Raises:
         sqlalchemy.exc.DBAPIError: With 55P03 while somebody else has locked the record.
@@ -333,7 +343,7 @@ def give_back(
         "entry": entry,
         "delay": delay,
         "refund": int(refund),
-        "how": 1 if failure is None else 2 if got_on else 0,
+        "how": 1 if failure is None or in_order else 2 if got_on else 0,
     }
     row = _GIVE_BACK.execute(connection, parameters).first()
     if row is not None and row[0] is not None:
@@ -341,8 +351,26 @@ def give_back(
     return row is not None
 
 
-def _written(failure: Failure) -> dict[str, str]:
-    return {"error": _writable(failure.error), "traceback": _writable(failure.traceback)}
+_DISCARD = Statement(
+    f"UPDATE aftercommit_task SET state = 'cancelled', finished_at = {_PG_NOW}, error = :error, traceback = NULL "
+    f"{_MINE_AND_FREE}",
+    f"UPDATE aftercommit_task SET state = 'cancelled', finished_at = {_LITE_NOW}, error = :error, traceback = NULL "
+    f"{_MINE}",
+)
+
+
+def discard(connection: Connection, claim: Claim, reason: str) -> bool:
+    """Note that the task itself has said that there is nothing to do.
+
+    Raises:
+        sqlalchemy.exc.DBAPIError: With 55P03 while somebody else has locked the record.
+    """
+    return _DISCARD.execute(connection, {**claim.parameters(), "error": _writable(reason)}).rowcount == 1
+
+
+def _written(failure: Failure) -> dict[str, Any]:
+    traceback = None if failure.traceback is None else _writable(failure.traceback)
+    return {"error": _writable(failure.error), "traceback": traceback}
 
 
 def _writable(text: str) -> str:
@@ -373,8 +401,14 @@ _TAKEN_LITE: Final = (
     "claims = CASE WHEN CAST(claims AS INTEGER) BETWEEN -2147483648 AND 2147483646 THEN CAST(claims AS INTEGER) "
     f"ELSE 0 END + 1, queued_key = NULL, started_at = {_LITE_NOW}"
 )
-_WAITED_PG: Final = "CASE WHEN isfinite(run_at) THEN EXTRACT(EPOCH FROM now() - run_at) END"
-_WAITED_LITE: Final = "(julianday('now') - julianday(run_at)) * 86400.0"
+# Since it was due, and since it was handed over.
+_WAITED_PG: Final = (
+    "CASE WHEN isfinite(run_at) THEN EXTRACT(EPOCH FROM now() - run_at) END, "
+    "CASE WHEN isfinite(enqueued_at) THEN EXTRACT(EPOCH FROM now() - enqueued_at) END"
+)
+_WAITED_LITE: Final = (
+    "(julianday('now') - julianday(run_at)) * 86400.0, (julianday('now') - julianday(enqueued_at)) * 86400.0"
+)
 _NOT_PAUSED: Final = "NOT EXISTS (SELECT 1 FROM aftercommit_pool p WHERE p.name = :pool)"
 _CLAIM = Statement(
     "WITH due AS (SELECT id AS due_id FROM aftercommit_task WHERE state = 'queued' AND pool = :pool "
@@ -461,7 +495,6 @@ _UNREADABLE = Statement(
 
 
 def _claimed(row: Any) -> Claimed:
-    waited = float(row[11] or 0.0)
     return Claimed(
         claim=Claim(_uuid(row[0]), row[3], row[4]),
         task=row[1],
@@ -471,9 +504,15 @@ def _claimed(row: Any) -> Claimed:
         context=row[7],
         checkpoint=row[8],
         refunds=int(row[9]) - int(row[3]),
-        # Nobody can say it of a moment that there never was, such as the year 0 or infinity.
-        waited=max(0.0, waited) if math.isfinite(waited) else 0.0,
+        waited=_seconds(row[11]),
+        asked_ago=_seconds(row[12]),
     )
+
+
+def _seconds(value: Any) -> float:
+    # Nobody can say it of a moment that there never was, such as the year 0 or infinity.
+    seconds = float(value or 0.0)
+    return max(0.0, seconds) if math.isfinite(seconds) else 0.0
 
 
 _CLAIM_ONE = Statement(
@@ -527,10 +566,10 @@ _CANCEL = Statement(
 )
 _RETRY = Statement(
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_PG_NOW}, finished_at = NULL, worker = NULL, "
-    "attempt = 0, refunds = 0, queued_key = NULL WHERE id = :id AND state IN ('failed', 'cancelled') "
+    "attempt = 0, refunds = 0, queued_key = NULL, expected = false WHERE id = :id AND state IN ('failed', 'cancelled') "
     "RETURNING pool, key",
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_LITE_NOW}, finished_at = NULL, worker = NULL, "
-    "attempt = 0, refunds = 0, queued_key = NULL WHERE id = :id AND state IN ('failed', 'cancelled') "
+    "attempt = 0, refunds = 0, queued_key = NULL, expected = false WHERE id = :id AND state IN ('failed', 'cancelled') "
     "RETURNING pool, key",
 )
 

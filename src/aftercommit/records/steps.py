@@ -173,6 +173,7 @@ STEPS: Final[tuple[Step, ...]] = (
             AddIndex("aftercommit_task", "aftercommit_task_scheduled"),
         ),
     ),
+    Step(3, (AddColumn("aftercommit_task", "expected"),)),
 )
 """One for each version after the first, in order."""
 

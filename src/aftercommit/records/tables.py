@@ -10,6 +10,7 @@ from sqlalchemy import (
     DDL,
     JSON,
     BigInteger,
+    Boolean,
     DateTime,
     Dialect,
     Float,
@@ -20,6 +21,7 @@ from sqlalchemy import (
     TypeDecorator,
     Uuid,
     event,
+    false,
     select,
     text,
 )
@@ -106,7 +108,8 @@ class TaskRecord(Base):
         context: Trace headers and log context of the asker.
         checkpoint: What the run saved last with ``current_run().checkpoint(value)``.
         error: The last error in one line.
-        traceback: Its traceback.
+        traceback: Its traceback; none of an end that was expected.
+        expected: Whether it failed in a way that ``@db.task(expected=…)`` names.
         errors: One entry per failed attempt: ``attempt``, ``at``, ``error``, ``traceback``.
         schedule: The schedule that asked for it, if one did.
         scheduled_at: The tick of that schedule.
@@ -139,6 +142,7 @@ class TaskRecord(Base):
     checkpoint: Mapped[Any] = mapped_column(JSON(none_as_null=True), nullable=True)
     error: Mapped[str | None] = mapped_column(Text)
     traceback: Mapped[str | None] = mapped_column(Text)
+    expected: Mapped[bool] = mapped_column(Boolean, server_default=false())
     errors: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON(none_as_null=True))
     schedule: Mapped[str | None] = mapped_column(String(255))
     scheduled_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from aftercommit.errors import LostClaim, PayloadError, RowGone, WorkerLost
-from aftercommit.tasks.retry import REFUNDS_LIMIT, Again, GiveUp, decide
-from aftercommit.tasks.transient import Fault, fault_of
+from aftercommit.tasks.ends import Discard, expected_end, is_foreign_exit
+from aftercommit.tasks.retry import REFUNDS_LIMIT, Again, GiveUp, decide, is_named
+from aftercommit.tasks.transient import Fault, describe, fault_of
 
 if TYPE_CHECKING:
     import threading
@@ -21,8 +22,10 @@ if TYPE_CHECKING:
 __all__ = [
     "Bookkeeping",
     "ClaimGone",
+    "Discarded",
     "GiveBack",
     "Outcome",
+    "Postponed",
     "RunContext",
     "decide_outcome",
     "error_to_record",
@@ -85,7 +88,31 @@ class ClaimGone:
     """Another worker or a canceller owns the record: there is nothing to write."""
 
 
-Outcome = Again | GiveUp | GiveBack | ClaimGone
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Discarded:
+    """The task has said that there is nothing to do: ``cancelled``.
+
+    Attributes:
+        reason: Why.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Postponed:
+    """The task has said that it cannot be done yet: queued again, and the attempt does not count.
+
+    Attributes:
+        delay: Seconds.
+        reason: Why.
+    """
+
+    delay: float
+    reason: str
+
+
+Outcome = Again | GiveUp | GiveBack | ClaimGone | Discarded | Postponed
 
 
 def decide_outcome(run: Run, error: BaseException, *, cancelled: bool = False) -> Outcome:
@@ -96,18 +123,28 @@ def decide_outcome(run: Run, error: BaseException, *, cancelled: bool = False) -
         error: What ended the try.
         cancelled: Whether the asyncio task that runs it was cancelled from outside.
     """
-    policy = run.task.settings.retry
     if isinstance(error, LostClaim) or isinstance(run.abandoned, LostClaim):
         return ClaimGone()
-    if run.stopping:
+    return _as_it_wanted(run, error) or _interrupted(run, error, cancelled=cancelled) or _by_its_policy(run, error)
+
+
+def _interrupted(run: Run, error: BaseException, *, cancelled: bool) -> Outcome | None:
+    """What follows where the run was ended from outside."""
+    policy = run.task.settings.retry
+    if run.stopping or is_foreign_exit(error):
         if policy.attempts == 1 and run.started:
             return GiveUp(reason="interrupted by a stop; Retry(attempts=1) means once")
         return GiveBack()
-    if isinstance(error, asyncio.CancelledError):
-        if not cancelled or run.claim is None or run.attempt >= policy.attempts:
-            return GiveUp(reason="cancelled from inside the application")
-        # An event loop that closes under us does this. It may be an application's habit, too, so it is an attempt.
-        return Again(delay=0.0, in_place=False, counts=True, drop_connection=False)
+    if not isinstance(error, asyncio.CancelledError):
+        return None
+    if not cancelled or run.claim is None or run.attempt >= policy.attempts:
+        return GiveUp(reason="cancelled from inside the application")
+    # An event loop that closes under us does this. It may be an application's habit, too, so it is an attempt.
+    return Again(delay=0.0, in_place=False, counts=True, drop_connection=False)
+
+
+def _by_its_policy(run: Run, error: BaseException) -> Outcome:
+    policy = run.task.settings.retry
     step = decide(
         error,
         policy=policy,
@@ -120,8 +157,34 @@ def decide_outcome(run: Run, error: BaseException, *, cancelled: bool = False) -
         refunds=run.refunds,
         rng=_rng,
     )
-    # A task in memory has no record to queue: it is retried here, or not at all.
-    return replace(step, in_place=True) if isinstance(step, Again) and run.claim is None else step
+    if isinstance(step, Again):
+        if step.counts and _is_too_late(run, step.delay):
+            step = GiveUp(reason=f"{describe(error)}; give_up_after={policy.give_up_after:g} s are over")
+        elif run.claim is None:
+            # A task in memory has no record to queue: it is retried here, or not at all.
+            return replace(step, in_place=True)
+    if isinstance(step, GiveUp) and is_named(error, run.task.settings.expected):
+        return replace(step, expected=True)
+    return step
+
+
+def _as_it_wanted(run: Run, error: BaseException) -> Outcome | None:
+    """What follows ``Discard`` and ``RetryLater``: whatever else the run has met, its code has decided."""
+    wanted = expected_end(error)
+    if wanted is None:
+        return None
+    if isinstance(wanted, Discard):
+        return Discarded(reason=wanted.reason)
+    if _is_too_late(run, wanted.seconds):
+        return GiveUp(reason=f"give_up_after={run.task.settings.retry.give_up_after:g} s are over")
+    if run.claim is None:
+        return Again(delay=wanted.seconds, in_place=True, counts=False, drop_connection=False)
+    return Postponed(delay=wanted.seconds, reason=wanted.reason)
+
+
+def _is_too_late(run: Run, delay: float) -> bool:
+    limit = run.task.settings.retry.give_up_after
+    return limit is not None and run.since_hand_over + delay > limit
 
 
 def worn_out(run: Run) -> BaseException | None:

@@ -19,13 +19,16 @@ from sqlalchemy.util import greenlet_spawn
 from aftercommit import signals
 from aftercommit.errors import RowGone
 from aftercommit.records import moves
+from aftercommit.records.moves import Failure
 from aftercommit.runner.bookkeeper import BooksClosed
 from aftercommit.runner.executor import AsyncExecutor, SyncExecutor
 from aftercommit.runner.on_failure import OnFailure, Recorded
 from aftercommit.runner.outcome import (
     ClaimGone,
+    Discarded,
     GiveBack,
     Outcome,
+    Postponed,
     RunContext,
     error_to_record,
     has_arguments,
@@ -33,6 +36,7 @@ from aftercommit.runner.outcome import (
     may_be_own_doing,
 )
 from aftercommit.runner.run import Run, failure_of, now
+from aftercommit.tasks.ends import RetryLater, expected_end
 from aftercommit.tasks.retry import Again, GiveUp
 from aftercommit.tasks.transient import Fault, fault_of
 from aftercommit.wording import without_values
@@ -70,6 +74,10 @@ def note_repeat(run: Run, error: BaseException, step: Again) -> None:
         run.attempt += 1
     run.tries.count(step, time.monotonic())
     run.repeated += 1
+    postponed = expected_end(error)
+    if isinstance(postponed, RetryLater):
+        _told_postponed(run, step.delay, postponed.reason)
+        return
     run.task.figures.repeats(counts=step.counts)
     signals.emit(signals.TaskRetried(**run.facts(), error=error, delay=step.delay, in_place=True))
 
@@ -81,15 +89,20 @@ def succeeded(run: Run) -> None:
     signals.emit(signals.TaskSucceeded(**run.facts(), seconds=seconds, repeats=run.repeated))
 
 
-def tell_failed(run: Run, error: BaseException) -> None:
+def tell_failed(run: Run, error: BaseException, *, expected: bool = False) -> None:
     """Tell that *run* has failed for good."""
     seconds = run.seconds
-    run.task.figures.failed(seconds)
-    signals.emit(signals.TaskFailed(**run.facts(), error=error, seconds=seconds))
+    run.task.figures.failed(seconds, expected=expected)
+    signals.emit(signals.TaskFailed(**run.facts(), error=error, seconds=seconds, expected=expected))
     tick = run.current.tick
     if tick is not None and run.ends_schedule:
         logger.warning("Schedule %r has ended: %s", tick.schedule, _ROW_GONE)
         signals.emit(signals.ScheduleEnded(schedule=tick.schedule, reason=_ROW_GONE))
+
+
+def _told_postponed(run: Run, delay: float, reason: str) -> None:
+    run.task.figures.postponed(run.seconds)
+    signals.emit(signals.TaskPostponed(**run.facts(), delay=delay, reason=reason))
 
 
 def _lost(run: Run) -> None:
@@ -191,7 +204,9 @@ class _Recording:
         elif in_doubt and not self._is_still_ours(self._standing()):
             return
         elif isinstance(outcome, GiveUp):
-            self._record_failure(error)
+            self._record_failure(error, expected=outcome.expected)
+        elif isinstance(outcome, Discarded):
+            self._record_discarded(outcome)
         elif run.claim is None:
             _lost_with_its_memory(run)
         elif self._write(_writing_back(run, error, outcome)):
@@ -212,16 +227,25 @@ class _Recording:
         self._run.checkpoint = found.checkpoint
         return True
 
+    def _record_discarded(self, outcome: Discarded) -> None:
+        run, claim = self._run, self._run.claim
+        if claim is None or self._write(lambda connection: moves.discard(connection, claim, outcome.reason)):
+            run.task.figures.discarded(run.seconds)
+            signals.emit(signals.TaskDiscarded(**run.facts(), reason=outcome.reason, seconds=run.seconds))
+        else:
+            self._is_still_ours(self._standing())
+
     # --- failing for good -----------------------------------------------------------------------------------------
 
-    def _record_failure(self, error: BaseException) -> None:
+    def _record_failure(self, error: BaseException, *, expected: bool = False) -> None:
         """Record the failure for good, and call ``on_failure``, in one transaction of a fresh session."""
         run = self._run
         recorded = Recorded.NOT_YET
+        write = partial(_write_failure, run, error, expected)
         if run.task.settings.on_failure is not None and has_arguments(error):
-            call = OnFailure(run, error, self._executor, write=partial(_write_failure, run, error), look=self._standing)
+            call = OnFailure(run, error, self._executor, write=write, look=self._standing)
             recorded = self._call(call)
-        if recorded is Recorded.NOT_YET and (run.claim is None or self._write(partial(_write_failure, run, error))):
+        if recorded is Recorded.NOT_YET and (run.claim is None or self._write(write)):
             recorded = Recorded.DONE
         if recorded is not Recorded.DONE:
             found = self._standing()
@@ -229,7 +253,7 @@ class _Recording:
                 self._is_still_ours(found)
                 return
             # The answer of that COMMIT was lost; or `on_failure` committed before its end.
-        tell_failed(run, error)
+        tell_failed(run, error, expected=expected)
 
     def _call(self, on_failure: OnFailure) -> Recorded:
         """Call it until it has ended, one way or another."""
@@ -284,9 +308,9 @@ class _Recording:
         raise _LeftBehind from error
 
 
-def _write_failure(run: Run, error: BaseException, connection: Connection) -> bool:
+def _write_failure(run: Run, error: BaseException, expected: bool, connection: Connection) -> bool:  # noqa: FBT001
     assert run.claim is not None  # noqa: S101  # asked by the callers
-    held = moves.fail(connection, run.claim, failure_of(error), at=now())
+    held = moves.fail(connection, run.claim, failure_of(error, expected=expected), at=now())
     if held and isinstance(error, RowGone) and run.current.tick is not None:
         from aftercommit.records import schedules  # mapping the tables takes time that an import must not
 
@@ -295,22 +319,29 @@ def _write_failure(run: Run, error: BaseException, connection: Connection) -> bo
     return held
 
 
-def _writing_back(run: Run, error: BaseException, step: Again | GiveBack) -> Callable[[Connection], bool]:
+def _writing_back(run: Run, error: BaseException, step: Again | GiveBack | Postponed) -> Callable[[Connection], bool]:
     """Work for the books: queue the record again; the attempt of an interrupted run does not count."""
     claim = run.claim
     assert claim is not None  # noqa: S101  # asked by the callers
     if isinstance(step, GiveBack):
         return lambda connection: moves.give_back(connection, claim, None, at="", delay=0.0, refund=True)
+    if isinstance(step, Postponed):
+        said = Failure(error=str(step.reason or "RetryLater"), traceback=None)
+        return lambda connection: moves.give_back(
+            connection, claim, said, at="", delay=step.delay, refund=True, in_order=True
+        )
     failure = failure_of(error)
     return lambda connection: moves.give_back(
         connection, claim, failure, at=now(), delay=step.delay, refund=not step.counts, got_on=run.got_on
     )
 
 
-def _queued_again(run: Run, error: BaseException, step: Again | GiveBack, context: RunContext) -> None:
+def _queued_again(run: Run, error: BaseException, step: Again | GiveBack | Postponed, context: RunContext) -> None:
     context.expect(run.pool)
     figures = run.task.figures
-    if isinstance(step, GiveBack):
+    if isinstance(step, Postponed):
+        _told_postponed(run, step.delay, step.reason)
+    elif isinstance(step, GiveBack):
         figures.given_back()
         signals.emit(signals.TaskGivenBack(**run.facts(), reason="its worker is stopping"))
     else:

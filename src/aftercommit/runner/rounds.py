@@ -408,10 +408,10 @@ class Rounds:
         self._homeless = homeless
 
     def _claim(self, lane: Lane) -> None:
-        count = lane.capacity()
-        if not count:
-            return
         runner = self._runner
+        count = lane.capacity()
+        if not count or runner.stopping.is_set():
+            return
         mark = lane.heard
         names = runner.names()
         crowded = lane.name in self._crowded
@@ -442,6 +442,7 @@ class Rounds:
                 # The record says it, unless its task sets that back each time.
                 refunds=max(each.refunds, runner.lost_runs.get(each.claim.id, 0)),
                 waited=each.waited,
+                asked_ago=each.asked_ago,
                 pool=lane.name,
             )
             runner.submit(run, reserved=False)

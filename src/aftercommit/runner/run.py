@@ -59,6 +59,7 @@ class Run:
         checkpoint: What an earlier run saved, JSON text.
         refunds: How many claims before this one came to nothing, without using an attempt up.
         waited: Seconds between its being due and its being taken.
+        asked_ago: Seconds between its hand-over and its being taken, by the database's clock.
         taken: When that was, by the monotonic clock; 0.0 before.
         pool: The pool it was asked for in, and runs in; the task's own by default.
         on_progress: Called when the task tells of its progress.
@@ -88,6 +89,7 @@ class Run:
     checkpoint: str | None = None
     refunds: int = 0
     waited: float = 0.0
+    asked_ago: float = 0.0
     taken: float = 0.0
     pool: str = ""
     on_progress: Callable[[Run], None] | None = None
@@ -135,6 +137,11 @@ class Run:
     def seconds(self) -> float:
         """Since it started here."""
         return time.monotonic() - self.started if self.started else 0.0
+
+    @property
+    def since_hand_over(self) -> float:
+        """Seconds: by the database's clock until it was taken here, and by ours since."""
+        return self.asked_ago + (time.monotonic() - self.taken if self.taken else 0.0)
 
     def facts(self) -> dict[str, Any]:
         """What every signal about it says."""
@@ -349,8 +356,10 @@ class Run:
         )
 
 
-def failure_of(error: BaseException) -> Failure:
+def failure_of(error: BaseException, *, expected: bool = False) -> Failure:
     """What the record keeps of *error*: no values, neither bound ones nor those in the messages of databases."""
+    if expected:
+        return Failure(error=told(error), traceback=None, expected=True)
     return Failure(error=told(error), traceback=told_fully(error))
 
 

@@ -20,6 +20,7 @@ from aftercommit.runner.run import Run
 from aftercommit.sessions import to_the_end
 from aftercommit.tasks.context import logged
 from aftercommit.tasks.current import as_current
+from aftercommit.tasks.ends import is_foreign_exit
 from aftercommit.tasks.retry import CANCELLED_LIMIT, Again, GiveUp
 from aftercommit.tasks.transient import Fault, describe, fault_of
 
@@ -72,7 +73,10 @@ def _run_sync(run: Run, context: RunContext, *, ask_first: bool) -> None:
             break
         if run.claim is not None and not still_ours(run, context):
             return
+    _stop_for(error, context)
     end(run, error, outcome, context)
+    if is_foreign_exit(error):
+        raise error
 
 
 def try_sync(run: Run, context: RunContext) -> BaseException | None:
@@ -168,7 +172,10 @@ async def _run_async(run: Run, context: RunContext, *, ask_first: bool) -> None:
         except asyncio.CancelledError as exc:
             error, outcome = exc, decide_outcome(run, exc, cancelled=True)
             break
+    _stop_for(error, context)
     await _settle(run, error, outcome, context)
+    if is_foreign_exit(error):
+        raise error
 
 
 async def _pause(seconds: float) -> None:
@@ -252,6 +259,12 @@ def _ended_before(run: Run) -> tuple[BaseException, Outcome] | None:
         return asyncio.CancelledError(), GiveBack()
     error = worn_out(run)
     return None if error is None else (error, GiveUp(reason="it was begun too often"))
+
+
+def _stop_for(error: BaseException, context: RunContext) -> None:
+    """Where the process is to end, have this worker take nothing more: it would take what is queued again now."""
+    if is_foreign_exit(error):
+        context.stopping.set()
 
 
 def _with_session(run: Run, session: Session | AsyncSession, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -48,6 +48,7 @@ class TaskSettings:
         repeatable: Whether it may run again from the top after a commit of its own.
         isolation_level: Of its transactions, or None for the pool's.
         on_failure: Called when it has failed for good.
+        expected: Errors of the application that are outcomes it knows, and no alarm.
     """
 
     name: str
@@ -59,6 +60,7 @@ class TaskSettings:
     repeatable: bool
     isolation_level: str | None
     on_failure: Callable[..., Any] | None
+    expected: tuple[type[Exception], ...] = ()
 
 
 class _CalledWithoutSession(HandOverError, TypeError):
@@ -194,6 +196,13 @@ def define(function: Callable[..., Any], settings: TaskSettings, *, database: ob
         raise TaskDefinitionError(
             f"Task {settings.name!r}: timeout={settings.timeout}: give a positive number of seconds."
         )
+    for kind in settings.expected:
+        given: object = kind
+        if not (isinstance(given, type) and issubclass(given, Exception)):
+            raise TaskDefinitionError(
+                f"Task {settings.name!r}: expected=… names {kind!r}, which is not a subclass of Exception. Name the "
+                "classes of errors that the application knows as outcomes: expected=(PaymentDeclined,)."
+            )
     takes = _first_parameter(function, settings.name)
     if settings.on_failure is not None:
         settings = replace(settings, on_failure=_check_on_failure(function, settings.on_failure, settings.name))

@@ -24,6 +24,9 @@ class Counts:
         retried: Runs failed, and a later attempt follows.
         conflicts: Runs, or chunks of a batch in them, were repeated without using up an attempt.
         given_back: Runs were interrupted by a stop, or had not begun, and were queued again.
+        expected: Runs failed in a way that the application knows; not among ``failed``.
+        discarded: Runs ended with ``Discard``.
+        postponed: Runs ended with ``RetryLater``.
     """
 
     done: int = 0
@@ -31,6 +34,9 @@ class Counts:
     retried: int = 0
     conflicts: int = 0
     given_back: int = 0
+    expected: int = 0
+    discarded: int = 0
+    postponed: int = 0
 
 
 class TaskFigures:
@@ -55,12 +61,27 @@ class TaskFigures:
             self._counts.done += 1
         self.run.add(seconds)
 
-    def failed(self, seconds: float) -> None:
+    def failed(self, seconds: float, *, expected: bool = False) -> None:
         """A run failed for good; 0.0 seconds if it never began."""
         with self._lock:
-            self._counts.failed += 1
+            if expected:
+                self._counts.expected += 1
+            else:
+                self._counts.failed += 1
         if seconds:
             self.run.add(seconds)
+
+    def discarded(self, seconds: float) -> None:
+        """A run has said that there is nothing to do."""
+        with self._lock:
+            self._counts.discarded += 1
+        self.run.add(seconds)
+
+    def postponed(self, seconds: float) -> None:
+        """A run has said that it cannot be done yet."""
+        with self._lock:
+            self._counts.postponed += 1
+        self.run.add(seconds)
 
     def repeats(self, *, counts: bool) -> None:
         """A run will be made again; *counts*: as a new attempt."""

@@ -16,7 +16,7 @@ from aftercommit.tasks.transient import Fault, describe, fault_of, is_disconnect
 if TYPE_CHECKING:
     from random import Random
 
-__all__ = ["Again", "GiveUp", "Repeats", "Retry", "Tries", "backoff", "decide"]
+__all__ = ["Again", "GiveUp", "Repeats", "Retry", "Tries", "backoff", "decide", "is_named"]
 
 
 @dataclass(frozen=True, slots=True, init=False)
@@ -36,12 +36,15 @@ class Retry:
         cap: Seconds; no wait is longer.
         on: Exceptions of the application, a class or several, that deserve another attempt. Database errors that
             never pass by themselves may be named here, too; conflicts stay what they are.
+        give_up_after: Seconds since the hand-over, by the database's clock: what could begin again only later than
+            that, because of ``RetryLater`` or after a failed attempt, has failed for good. None for no limit.
 
     Attributes:
         attempts: As given.
         base: As given, seconds.
         cap: As given, seconds.
         on: As given, always a tuple.
+        give_up_after: As given, seconds.
 
     Raises:
         ConfigurationError: If a value is out of its range.
@@ -51,6 +54,7 @@ class Retry:
     base: float
     cap: float
     on: tuple[type[Exception], ...]
+    give_up_after: float | None
 
     def __init__(
         self,
@@ -58,6 +62,8 @@ class Retry:
         base: float = 0.5,
         cap: float = 60.0,
         on: type[Exception] | Iterable[type[Exception]] = (),
+        *,
+        give_up_after: float | None = None,
     ) -> None:
         if not _is_count(attempts):
             raise ConfigurationError(
@@ -67,6 +73,10 @@ class Retry:
         if not (_is_seconds(base) and _is_seconds(cap) and base <= cap):
             raise ConfigurationError(
                 f"Retry(base={base!r}, cap={cap!r}): both are seconds, finite, with 0 <= base <= cap."
+            )
+        if give_up_after is not None and not (_is_seconds(give_up_after) and give_up_after > 0):
+            raise ConfigurationError(
+                f"Retry(give_up_after={give_up_after!r}): give seconds since the hand-over, more than 0, or None."
             )
         classes = tuple(on) if isinstance(on, Iterable) else (on,)
         for kind in classes:
@@ -80,6 +90,7 @@ class Retry:
         object.__setattr__(self, "base", float(base))
         object.__setattr__(self, "cap", float(cap))
         object.__setattr__(self, "on", classes)
+        object.__setattr__(self, "give_up_after", None if give_up_after is None else float(give_up_after))
 
 
 def backoff(policy: Retry, attempt: int, rng: Random) -> float:
@@ -127,9 +138,11 @@ class GiveUp:
 
     Attributes:
         reason: One line for operators, without bound values.
+        expected: Whether the application knows this end: ``@db.task(expected=…)`` names its error.
     """
 
     reason: str
+    expected: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -241,7 +254,7 @@ def decide(
     if again is not None:
         return again
     may_pass = fault in _ATTEMPTS or is_read_only(error)
-    if not may_pass and not _is_named(error, policy.on):
+    if not may_pass and not is_named(error, policy.on):
         return GiveUp(reason=f"{describe(error)}: {_WHY[fault]}")
     if attempt >= policy.attempts:
         return GiveUp(reason=f"{describe(error)}; that was attempt {attempt} of {policy.attempts}")
@@ -327,7 +340,7 @@ def _is_error_class(value: object) -> bool:
     return isinstance(value, type) and issubclass(value, Exception)
 
 
-def _is_named(error: BaseException, kinds: tuple[type[Exception], ...]) -> bool:
+def is_named(error: BaseException, kinds: tuple[type[Exception], ...]) -> bool:
     """Whether *kinds* name *error*; for a group, all that is in it."""
     if isinstance(error, BaseExceptionGroup):
         return error.split(kinds)[1] is None
