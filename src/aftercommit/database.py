@@ -58,6 +58,7 @@ from aftercommit.stats import Stats, snapshot
 from aftercommit.tasks import Retry, Task, TaskSettings, current_run
 from aftercommit.tasks import context as carried
 from aftercommit.tasks.definition import define, task_name
+from aftercommit.tasks.options import check_by
 from aftercommit.tasks.transient import Fault, describe, fault_of
 from aftercommit.wording import without_values
 
@@ -900,17 +901,26 @@ class Database:
 
     # --- by hand ------------------------------------------------------------------------------------------------
 
-    def cancel(self, id: UUID) -> None:
-        """Cancel a task that is queued or running; a running one can commit nothing more.
+    def cancel(self, id: UUID, *, by: str | None = None) -> None:
+        """Cancel a task that is queued or running; a running one is stopped and can commit nothing more.
+
+        An ``async def`` is cancelled where it awaits, a ``def`` raises at its next statement or commit; at once in this
+        process and where NOTIFY is heard, with the next heartbeat elsewhere. ``on_failure`` is not called.
+
+        Args:
+            id: The task's id.
+            by: Who asks, for the record, the log and the signals; at most 255 characters.
 
         Raises:
             TaskStateError: If there is no such task, or it has ended.
         """
-        self._moved("cancel", id, self._call(lambda connection: moves.cancel(connection, id)))
+        check_by(by)
+        self._cancelled(id, by, self._call(lambda connection: moves.cancel(connection, id, by=by)))
 
-    async def async_cancel(self, id: UUID) -> None:
-        """Cancel a task that is queued or running; a running one can commit nothing more."""
-        self._moved("cancel", id, await self._async_call(lambda connection: moves.cancel(connection, id)))
+    async def async_cancel(self, id: UUID, *, by: str | None = None) -> None:
+        """Cancel a task that is queued or running; a running one is stopped and can commit nothing more."""
+        check_by(by)
+        self._cancelled(id, by, await self._async_call(lambda connection: moves.cancel(connection, id, by=by)))
 
     def retry(self, id: UUID) -> None:
         """Queue a task that failed or was cancelled once more, with all its attempts.
@@ -918,11 +928,11 @@ class Database:
         Raises:
             TaskStateError: If there is no such task, or it is in another state.
         """
-        self._moved("retry", id, self._call(lambda connection: moves.retry(connection, id)))
+        self._retried(id, self._call(lambda connection: moves.retry(connection, id)))
 
     async def async_retry(self, id: UUID) -> None:
         """Queue a task that failed or was cancelled once more, with all its attempts."""
-        self._moved("retry", id, await self._async_call(lambda connection: moves.retry(connection, id)))
+        self._retried(id, await self._async_call(lambda connection: moves.retry(connection, id)))
 
     def pause(self, pool: str) -> None:
         """Have nobody start tasks of *pool*, in any process, until ``resume``; those that run go on.
@@ -949,18 +959,19 @@ class Database:
 
     # --- below --------------------------------------------------------------------------------------------------
 
-    def _moved(self, verb: str, id: UUID, done: bool) -> None:  # noqa: FBT001  # the statement's answer
+    def _cancelled(self, id: UUID, by: str | None, done: bool) -> None:  # noqa: FBT001  # the statement's answer
         if not done:
-            wanted = "queued or running" if verb == "cancel" else "failed or cancelled"
-            raise TaskStateError(f"Cannot {verb} {id}: there is no task of this id that is {wanted}.")
-        if verb == "cancel":
-            signals.emit(signals.TasksCancelled(ids=(id,)))
-        else:
-            signals.emit(signals.TasksRequeued(ids=(id,), reason="db.retry"))
+            raise TaskStateError(f"Cannot cancel {id}: there is no task of this id that is queued or running.")
+        signals.emit(signals.TasksCancelled(ids=(id,), by=by))
+        if self.outbox.runner is not None:
+            self.outbox.runner.cancelled(id, by)
+
+    def _retried(self, id: UUID, done: bool) -> None:  # noqa: FBT001  # the statement's answer
+        if not done:
+            raise TaskStateError(f"Cannot retry {id}: there is no task of this id that is failed or cancelled.")
+        signals.emit(signals.TasksRequeued(ids=(id,), reason="db.retry"))
         runner = self.outbox.runner
-        if verb == "cancel" and runner is not None:
-            runner.cancelled(id)
-        elif runner is not None:
+        if runner is not None:
             for pool in runner.lanes:
                 runner.expect(pool)
 

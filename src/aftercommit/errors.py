@@ -35,6 +35,7 @@ __all__ = [
     "SchemaError",
     "SessionEnded",
     "SessionShared",
+    "TaskCancelled",
     "TaskDefinitionError",
     "TaskStateError",
     "TaskTimeout",
@@ -282,6 +283,20 @@ class LostClaim(RunError):
     """This run no longer owns its record: another took over, or it was cancelled. Nothing was committed."""
 
     code = "AC302"
+
+
+class TaskCancelled(LostClaim):
+    """This run's task was cancelled by hand. Nothing was committed.
+
+    Attributes:
+        by: Who has cancelled it, as given to ``db.cancel(id, by=…)``; None if that was not said.
+    """
+
+    code = "AC308"
+
+    def __init__(self, message: str, *, task: str, run_id: UUID | None = None, by: str | None = None) -> None:
+        super().__init__(message, task=task, run_id=run_id)
+        self.by = by
 
 
 class TaskTimeout(RunError, TimeoutError):

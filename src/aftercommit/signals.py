@@ -218,9 +218,13 @@ class ClaimLost(RunSignal):
 
     Attributes:
         seconds: From its start here until it was noticed.
+        is_cancelled: Whether it was cancelled by hand.
+        by: Who has cancelled it, if that was said.
     """
 
     seconds: float
+    is_cancelled: bool = False
+    by: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,9 +233,11 @@ class TasksCancelled(Signal):
 
     Attributes:
         ids: Their ids.
+        by: Who has cancelled them, if that was said.
     """
 
     ids: tuple[UUID, ...]
+    by: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import getpass
 import re
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from textwrap import indent
 from typing import TYPE_CHECKING, Annotated, Any
 from uuid import UUID
@@ -19,6 +21,7 @@ from aftercommit.cli.target import DatabaseOption, fail, in_session, load
 from aftercommit.plain import json_text, one_line, several_lines
 from aftercommit.records import moves
 from aftercommit.records.tables import TaskRecord
+from aftercommit.tasks.options import check_by
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -44,6 +47,7 @@ PoolName = Annotated[str | None, typer.Option("--pool", help="Only tasks of this
 OlderThan = Annotated[str | None, typer.Option(help="Only tasks asked for longer ago than this: 90s, 15m, 2h, 7d.")]
 AsJson = Annotated[bool, typer.Option("--json", help="For scripts: one JSON document on standard output.")]
 Ids = Annotated[list[UUID] | None, typer.Argument(help="Ids of tasks; or choose by filters.")]
+By = Annotated[str | None, typer.Option("--by", help="Who cancels, for the record; your login by default.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 
 
@@ -147,12 +151,16 @@ def cancel(  # noqa: PLR0917  # options of a command
     pool: PoolName = None,
     older_than: OlderThan = None,
     yes: Yes = False,  # noqa: FBT002  # a flag
+    by: By = None,
     as_json: AsJson = False,  # noqa: FBT002  # a flag
 ) -> None:
-    """Cancel tasks that are queued or running; a running one can commit nothing more."""
+    """Cancel tasks that are queued or running; a running one is stopped and can commit nothing more."""
     if state not in (None, "queued", "running"):
         raise fail(f"--state {state}: only tasks that are queued or running can be cancelled.")
-    _move("cancel", moves.cancel, ("queued", "running"), ids, db, (state, task, pool, older_than), yes, as_json)
+    check_by(by)
+    who = by or f"{getpass.getuser()}, with aftercommit tasks cancel"[:255]
+    move = partial(moves.cancel, by=who)
+    _move("cancel", move, ("queued", "running"), ids, db, (state, task, pool, older_than), yes, as_json, by=who)
 
 
 def _move(  # noqa: PLR0917  # two commands share it
@@ -164,6 +172,8 @@ def _move(  # noqa: PLR0917  # two commands share it
     filters: tuple[str | None, str | None, str | None, str | None],
     yes: bool,  # noqa: FBT001  # a flag
     as_json: bool,  # noqa: FBT001  # a flag
+    *,
+    by: str | None = None,
 ) -> None:
     if not ids and not any(filters):
         raise fail(f"Which tasks? Give ids, or a filter such as --state {states[0]} or --task NAME.")
@@ -182,7 +192,7 @@ def _move(  # noqa: PLR0917  # two commands share it
         return {each: move(connection, each) for each in chosen}
 
     done = in_session(database, act)
-    _tell(verb, tuple(each for each, moved in done.items() if moved))
+    _tell(verb, tuple(each for each, moved in done.items() if moved), by)
     left = [str(each) for each, moved in done.items() if not moved]
     if as_json:
         _print_json({"done": [str(each) for each, moved in done.items() if moved], "left": left})
@@ -194,10 +204,10 @@ def _move(  # noqa: PLR0917  # two commands share it
         raise typer.Exit(1)
 
 
-def _tell(verb: str, ids: tuple[UUID, ...]) -> None:
+def _tell(verb: str, ids: tuple[UUID, ...], by: str | None) -> None:
     """What the application's own module has subscribed to hears of it, as from ``db.cancel`` and ``db.retry``."""
     if ids and verb == "cancel":
-        signals.emit(signals.TasksCancelled(ids=ids))
+        signals.emit(signals.TasksCancelled(ids=ids, by=by))
     elif ids:
         signals.emit(signals.TasksRequeued(ids=ids, reason="aftercommit tasks retry"))
 
@@ -227,7 +237,19 @@ _SHORT = (
     "id", "task", "pool", "state", "key", "priority", "attempt", "max_attempts", "run_at", "enqueued_at",
     "started_at", "finished_at", "worker", "progress_done", "progress_total", "error",
 )  # fmt: skip
-_WHOLE = (*_SHORT, "parent", "arguments", "result", "context", "checkpoint", "claims", "errors", "traceback")
+_WHOLE = (
+    *_SHORT,
+    "parent",
+    "arguments",
+    "result",
+    "context",
+    "checkpoint",
+    "claims",
+    "cancelled_by",
+    "expected",
+    "errors",
+    "traceback",
+)
 
 
 def _facts(record: TaskRecord, *, whole: bool = False) -> dict[str, Any]:

@@ -36,6 +36,7 @@ __all__ = [
     "Standing",
     "any_running",
     "cancel",
+    "cancelled_among",
     "changes_so_far",
     "claim",
     "claim_one",
@@ -117,12 +118,16 @@ class Standing:
         is_done: Whether it succeeded under this claim.
         has_failed: Whether it failed for good under this claim.
         checkpoint: What was saved last, as JSON text.
+        is_cancelled: Whether it was cancelled under this claim.
+        cancelled_by: By whom.
     """
 
     is_held: bool
     is_done: bool
     has_failed: bool
     checkpoint: str | None
+    is_cancelled: bool = False
+    cancelled_by: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,8 +161,9 @@ _LOCK = Statement(
     f"SELECT id FROM aftercommit_task {_MINE}",
 )
 _STANDING = Statement(
-    "SELECT state, attempt, claims, CAST(checkpoint AS text) FROM aftercommit_task WHERE id = :id FOR UPDATE NOWAIT",
-    "SELECT state, attempt, claims, CAST(checkpoint AS text) FROM aftercommit_task WHERE id = :id",
+    "SELECT state, attempt, claims, CAST(checkpoint AS text), cancelled_by FROM aftercommit_task WHERE id = :id "
+    "FOR UPDATE NOWAIT",
+    "SELECT state, attempt, claims, CAST(checkpoint AS text), cancelled_by FROM aftercommit_task WHERE id = :id",
 )
 _CHECKPOINT = Statement(
     f"UPDATE aftercommit_task SET checkpoint = CAST(:value AS json), refunds = attempt {_MINE}",
@@ -200,6 +206,8 @@ def standing(connection: Connection, claim: Claim) -> Standing:
         is_done=is_same and row[0] == "succeeded",
         has_failed=row[0] == "failed",
         checkpoint=row[3],
+        is_cancelled=row[0] == "cancelled",
+        cancelled_by=row[4],
     )
 
 
@@ -559,24 +567,47 @@ def any_running(connection: Connection, *, names: Sequence[str]) -> bool:
 # --- by hand ----------------------------------------------------------------------------------------------------
 
 _CANCEL = Statement(
-    f"UPDATE aftercommit_task SET state = 'cancelled', finished_at = {_PG_NOW}, queued_key = NULL "
-    "WHERE id = :id AND state IN ('queued', 'running')",
-    f"UPDATE aftercommit_task SET state = 'cancelled', finished_at = {_LITE_NOW}, queued_key = NULL "
-    "WHERE id = :id AND state IN ('queued', 'running')",
+    f"UPDATE aftercommit_task SET state = 'cancelled', finished_at = {_PG_NOW}, queued_key = NULL, "
+    "cancelled_by = :by WHERE id = :id AND state IN ('queued', 'running') RETURNING worker",
+    f"UPDATE aftercommit_task SET state = 'cancelled', finished_at = {_LITE_NOW}, queued_key = NULL, "
+    "cancelled_by = :by WHERE id = :id AND state IN ('queued', 'running') RETURNING worker",
 )
 _RETRY = Statement(
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_PG_NOW}, finished_at = NULL, worker = NULL, "
-    "attempt = 0, refunds = 0, queued_key = NULL, expected = false WHERE id = :id AND state IN ('failed', 'cancelled') "
-    "RETURNING pool, key",
+    "attempt = 0, refunds = 0, queued_key = NULL, expected = false, cancelled_by = NULL "
+    "WHERE id = :id AND state IN ('failed', 'cancelled') RETURNING pool, key",
     f"UPDATE aftercommit_task SET state = 'queued', run_at = {_LITE_NOW}, finished_at = NULL, worker = NULL, "
-    "attempt = 0, refunds = 0, queued_key = NULL, expected = false WHERE id = :id AND state IN ('failed', 'cancelled') "
-    "RETURNING pool, key",
+    "attempt = 0, refunds = 0, queued_key = NULL, expected = false, cancelled_by = NULL "
+    "WHERE id = :id AND state IN ('failed', 'cancelled') RETURNING pool, key",
 )
 
 
-def cancel(connection: Connection, record: UUID) -> bool:
-    """Cancel a task that is queued or running; a running one can then commit nothing more."""
-    return _CANCEL.execute(connection, {"id": record}).rowcount == 1
+def cancel(connection: Connection, record: UUID, *, by: str | None = None) -> bool:
+    """Cancel a task that is queued or running; a running one can then commit nothing more, and its worker hears of it.
+
+    Args:
+        connection: In a transaction.
+        record: The record.
+        by: Who asks, for the record.
+    """
+    row = _CANCEL.execute(connection, {"id": record, "by": by}).first()
+    if row is not None and row[0] is not None:
+        notify(connection, (), cancelled=(record,))
+    return row is not None
+
+
+_CANCELLED = Statement(
+    "SELECT id, claims, cancelled_by FROM aftercommit_task WHERE state = 'cancelled' "
+    "AND id IN (SELECT CAST(json_array_elements_text(CAST(:ids AS json)) AS uuid))",
+    "SELECT id, claims, cancelled_by FROM aftercommit_task WHERE state = 'cancelled' "
+    "AND id IN (SELECT value FROM json_each(:ids))",
+)
+
+
+def cancelled_among(connection: Connection, records: Collection[UUID]) -> dict[tuple[UUID, int], str | None]:
+    """Return who has cancelled which of *records*, by id and number of claims."""
+    rows = _CANCELLED.execute(connection, {"ids": json.dumps([each.hex for each in records])})
+    return {(_uuid(row[0]), row[1]): row[2] for row in rows}
 
 
 def retry(connection: Connection, record: UUID) -> bool:

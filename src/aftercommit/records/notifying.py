@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
+from uuid import UUID
 
 from aftercommit.records.statement import Statement
 
@@ -32,17 +33,28 @@ class News:
         pools: Pools that have something queued.
         look: Whether pools were paused or resumed.
         echo: What a listener sent to find out whether it is heard.
+        cancelled: Tasks that were cancelled while a worker had them.
     """
 
     pools: frozenset[str]
     look: bool
     echo: str
+    cancelled: frozenset[UUID] = frozenset()
 
 
-def notify(connection: Connection, pools: Collection[str], *, look: bool = False, echo: str = "") -> None:
+def notify(
+    connection: Connection,
+    pools: Collection[str],
+    *,
+    look: bool = False,
+    echo: str = "",
+    cancelled: Collection[UUID] = (),
+) -> None:
     """Tell every listener, at the commit; nothing on databases that cannot."""
     if connection.dialect.name == "postgresql":
         news = {"pools": sorted(pools), "look": look, "echo": echo}
+        if cancelled:
+            news["cancelled"] = [str(each) for each in cancelled]
         _NOTIFY.execute(connection, {"news": json.dumps(news)})
 
 
@@ -54,6 +66,7 @@ def read(payload: str) -> News:
             pools=frozenset(str(name) for name in news.get("pools", ())),
             look=bool(news.get("look")),
             echo=str(news.get("echo", "")),
+            cancelled=frozenset(UUID(str(each)) for each in news.get("cancelled", ())),
         )
     except (ValueError, AttributeError, TypeError):
         # Anybody may send anything on this channel; looking does no harm.

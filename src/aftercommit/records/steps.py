@@ -173,7 +173,7 @@ STEPS: Final[tuple[Step, ...]] = (
             AddIndex("aftercommit_task", "aftercommit_task_scheduled"),
         ),
     ),
-    Step(3, (AddColumn("aftercommit_task", "expected"),)),
+    Step(3, (AddColumn("aftercommit_task", "expected"), AddColumn("aftercommit_task", "cancelled_by"))),
 )
 """One for each version after the first, in order."""
 

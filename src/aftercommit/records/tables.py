@@ -110,6 +110,7 @@ class TaskRecord(Base):
         error: The last error in one line.
         traceback: Its traceback; none of an end that was expected.
         expected: Whether it failed in a way that ``@db.task(expected=…)`` names.
+        cancelled_by: Who has cancelled it, if that was said.
         errors: One entry per failed attempt: ``attempt``, ``at``, ``error``, ``traceback``.
         schedule: The schedule that asked for it, if one did.
         scheduled_at: The tick of that schedule.
@@ -143,6 +144,7 @@ class TaskRecord(Base):
     error: Mapped[str | None] = mapped_column(Text)
     traceback: Mapped[str | None] = mapped_column(Text)
     expected: Mapped[bool] = mapped_column(Boolean, server_default=false())
+    cancelled_by: Mapped[str | None] = mapped_column(String(255))
     errors: Mapped[list[dict[str, Any]] | None] = mapped_column(JSON(none_as_null=True))
     schedule: Mapped[str | None] = mapped_column(String(255))
     scheduled_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

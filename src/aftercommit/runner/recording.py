@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final, NoReturn
 from sqlalchemy.util import greenlet_spawn
 
 from aftercommit import signals
-from aftercommit.errors import RowGone
+from aftercommit.errors import RowGone, TaskCancelled
 from aftercommit.records import moves
 from aftercommit.records.moves import Failure
 from aftercommit.runner.bookkeeper import BooksClosed
@@ -106,6 +106,11 @@ def _told_postponed(run: Run, delay: float, reason: str) -> None:
 
 
 def _lost(run: Run) -> None:
+    why = run.abandoned
+    if isinstance(why, TaskCancelled):
+        logger.info("%s", why)
+        signals.emit(signals.ClaimLost(**run.facts(), seconds=run.seconds, is_cancelled=True, by=why.by))
+        return
     run.was_lost = True
     logger.warning("%s", run.lost())
     signals.emit(signals.ClaimLost(**run.facts(), seconds=run.seconds))
@@ -194,7 +199,9 @@ class _Recording:
         in_doubt = is_in_doubt(run, error)
         error = error_to_record(run, error, outcome)
         if isinstance(outcome, ClaimGone):
-            if not (may_be_own_doing(run, error) and self._standing().is_held):
+            found = self._standing() if may_be_own_doing(run, error) else None
+            if found is None or not found.is_held:
+                self._note_cancelled(found)
                 _lost(run)
                 return
             # Its own transaction changed or hid the record, and is rolled back by now. It would do so each time.
@@ -222,6 +229,7 @@ class _Recording:
             succeeded(self._run)
             return False
         if not found.is_held:
+            self._note_cancelled(found)
             _lost(self._run)
             return False
         self._run.checkpoint = found.checkpoint
@@ -234,6 +242,11 @@ class _Recording:
             signals.emit(signals.TaskDiscarded(**run.facts(), reason=outcome.reason, seconds=run.seconds))
         else:
             self._is_still_ours(self._standing())
+
+    def _note_cancelled(self, found: moves.Standing | None) -> None:
+        """The fence has found it before anybody told the run."""
+        if found is not None and found.is_cancelled and self._run.abandoned is None:
+            self._run.abandoned = self._run.cancelled(found.cancelled_by)
 
     # --- failing for good -----------------------------------------------------------------------------------------
 

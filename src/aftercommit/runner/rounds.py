@@ -83,6 +83,7 @@ class Rounds:
         self._runner = runner
         self._pace = pace
         self._suspects: set[UUID] = set()
+        self._has_cancelled = False
         self._homeless: dict[tuple[str, str], float] = {}
         self._left: set[UUID] = set()
         self._next_beat = 0.0
@@ -116,6 +117,11 @@ class Rounds:
     def leave(self, run: Run) -> None:
         """Remember a run that has begun, and whose end could not be recorded: its attempt counts."""
         self._left.add(run.id)
+
+    def hear_of_cancelled(self) -> None:
+        """Look soon which of the runs that are held were cancelled."""
+        self._has_cancelled = True
+        self._runner.books.wake()
 
     def watch(self, run: Run) -> None:
         """Look at a run with a time limit in time."""
@@ -202,6 +208,8 @@ class Rounds:
         # Before the heartbeat, which may find a silent worker that lists the same: it was in this process before.
         if now >= self.backends.due:
             yield self.backends.write_when_due
+        if self._has_cancelled:
+            yield self._find_cancelled
         if now >= self._next_beat:
             yield self._beat
         if now >= self._next_poll:
@@ -337,9 +345,25 @@ class Rounds:
     def _stop_lost(self, running: frozenset[UUID], held: dict[UUID, Run]) -> None:
         """End runs whose record is no longer ours; twice seen, because a commit may be on its way."""
         missing = {id for id, run in held.items() if run.claim is not None and run.started and id not in running}
+        self._stop_cancelled(missing)
         for id in missing & self._suspects:
             self._runner.stop_run(held[id], held[id].lost())
         self._suspects = missing
+
+    def _find_cancelled(self) -> None:
+        self._has_cancelled = False
+        self._stop_cancelled(set(self._runner.held))
+
+    def _stop_cancelled(self, ids: set[UUID]) -> None:
+        """End those that were cancelled under the claim that is held here."""
+        runner = self._runner
+        if not ids:
+            return
+        found = runner.books.execute(lambda c: moves.cancelled_among(c, ids), autocommit=True)
+        for (id, claims), by in found.items():
+            run = runner.held.get(id)
+            if run is not None and run.claim is not None and run.claim.claims == claims:
+                runner.cancelled(id, by)
 
     def _rescue(self) -> bool:
         is_ending = self.backends.end_silent(silent_after=self._pace.silent_after)

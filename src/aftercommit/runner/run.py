@@ -15,9 +15,11 @@ from aftercommit.errors import (
     ConfigurationError,
     LostClaim,
     RunInVain,
+    TaskCancelled,
     TaskTimeout,
     WorkerLost,
 )
+from aftercommit.plain import one_line
 from aftercommit.pools.taking import make_takeable
 from aftercommit.records import elsewhere, moves
 from aftercommit.records.moves import Claim, Failure
@@ -312,6 +314,18 @@ class Run:
             "another worker after this one fell silent, or it was cancelled. Nothing of this run was committed.",
             task=self.name,
             run_id=self.id,
+        )
+
+    def cancelled(self, by: str | None) -> TaskCancelled:
+        """The error of a run whose record was cancelled by hand."""
+        return TaskCancelled(
+            f"Task {self.name!r} ({self.id}, attempt {self.attempt}) was cancelled"
+            + ("" if by is None else f" by {one_line(by)}")
+            + ". Nothing of this run was committed since its last checkpoint. It can be queued again with "
+            "db.retry(id).",
+            task=self.name,
+            run_id=self.id,
+            by=by,
         )
 
     def hidden(self) -> RunInVain:

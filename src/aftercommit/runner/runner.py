@@ -407,7 +407,7 @@ class Runner:
         self.settling.append(check)
         self.books.wake()
 
-    def cancelled(self, id: UUID) -> None:
+    def cancelled(self, id: UUID, by: str | None = None) -> None:
         """End a run whose record was cancelled, if it is held here; others see it by their heartbeats."""
         run = self.held.get(id)
         if run is None or run.claim is None:
@@ -415,7 +415,7 @@ class Runner:
         if self.lanes[run.pool].withdraw(run):
             self._let_go(run)
         else:
-            self.stop_run(run, run.lost())
+            self.stop_run(run, run.cancelled(by))
 
     def look(self) -> None:
         """Find out soon what was paused and resumed."""
@@ -424,6 +424,8 @@ class Runner:
     def _heard(self, news: notifying.News) -> None:
         if news.look:
             self.rounds.look()
+        if not news.cancelled.isdisjoint(self.held):
+            self.rounds.hear_of_cancelled()
         for pool in news.pools.intersection(self.lanes):
             self.lanes[pool].expect()
             self.books.wake()

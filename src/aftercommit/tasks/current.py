@@ -99,6 +99,25 @@ class CurrentRun:
         if self._on_progress is not None:
             self._on_progress()
 
+    @property
+    def is_cancelled(self) -> bool:
+        """Whether this run was told to end: cancelled by hand, its time is over, or its record is another worker's.
+
+        For code that computes or waits in a thread between two statements, where nothing can end it from outside.
+        """
+        return self.stopped_by is not None
+
+    def check(self) -> None:
+        """Raise what has ended this run, if it was told to end; its next statement and its commit do so by themselves.
+
+        Raises:
+            TaskCancelled: If it was cancelled by hand.
+            TaskTimeout: If its time is over.
+            LostClaim: If its record is another worker's by now.
+        """
+        if self.stopped_by is not None:
+            raise self.stopped_by
+
     def checkpoint(self, value: Any) -> None:
         """Save *value* with the next commit of the task's session: a later run finds it in ``restored``.
 

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 
 from aftercommit.errors import ConfigurationError
 
-__all__ = ["Options", "check_key"]
+__all__ = ["Options", "check_by", "check_key"]
 
 _MAX_KEY = 255
 _MAX_PRIORITY = 2**31 - 1
@@ -80,6 +80,19 @@ def check_key(key: object, *, such_as: str = "") -> None:
         raise ConfigurationError(
             f"key={key!r} holds a NUL or half a surrogate pair, which no database can hold. Take it out, or encode it."
         )
+
+
+def check_by(by: object) -> None:
+    """Refuse who asks for something, where the database could not hold it.
+
+    Raises:
+        ConfigurationError: If it is no text of 1 to 255 characters, or holds a NUL or half a surrogate pair.
+    """
+    if by is None:
+        return
+    is_text = isinstance(by, str) and 1 <= len(by) <= _MAX_KEY
+    if not is_text or any(each == "\0" or "\ud800" <= each <= "\udfff" for each in str(by)):
+        raise ConfigurationError(f"by={by!r}: give 1 to {_MAX_KEY} characters, without NUL, that say who asks.")
 
 
 def _is_number(value: object) -> bool:
