@@ -46,7 +46,8 @@ from aftercommit.pools.views import async_view_of, view_of
 from aftercommit.records import moves, pausing, schema
 from aftercommit.records.ids import uuid7
 from aftercommit.records.missing import explain_missing_table
-from aftercommit.runner import Outbox, Pace, Runner, TaskHandle, Wanted
+from aftercommit.runner import Outbox, Pace, Runner, TaskHandle, Wanted, waiting_for
+from aftercommit.runner.following import Following
 from aftercommit.runner.patience import in_the_end
 from aftercommit.runner.run import note_fault, stop_at_statement
 from aftercommit.runner.running import Running
@@ -71,7 +72,7 @@ if TYPE_CHECKING:
 
     from aftercommit.pools.urls import Flavour
     from aftercommit.records.happenings import NewEvent
-    from aftercommit.records.tables import ScheduleRecord
+    from aftercommit.records.tables import ScheduleRecord, TaskRecord
 
 __all__ = ["Database"]
 
@@ -144,6 +145,7 @@ class Database:
             made, session_class=session_class, async_session_class=async_session_class, options=session_options or {}
         )
         self.outbox = Outbox()
+        self.following = Following(self._pools)
         self._notify_url = None if notify_url is None else _listening(notify_url)
         self._pace = Pace(heartbeat=heartbeat, silent_after=silent_after, keep=keep_finished)
         self.max_argument_bytes = max_argument_bytes
@@ -211,10 +213,12 @@ class Database:
 
     def dispose(self) -> None:
         """Close every pool's connections; what is in use closes when it comes back."""
+        self.following.stop()
         self._pools.dispose()
 
     async def async_dispose(self) -> None:
         """Close every pool's connections, of both flavours."""
+        await asyncio.to_thread(self.following.stop)
         await self._pools.async_dispose()
 
     # --- tables -------------------------------------------------------------------------------------------------
@@ -933,6 +937,30 @@ class Database:
     async def async_retry(self, id: UUID) -> None:
         """Queue a task that failed or was cancelled once more, with all its attempts."""
         self._retried(id, await self._async_call(lambda connection: moves.retry(connection, id)))
+
+    def wait_for(self, id: UUID, timeout: float = 30.0) -> TaskRecord:
+        """Wait until a task has ended, and return its record; for scripts, tests and commands.
+
+        Args:
+            id: The task's id; its hand-over must have been committed.
+            timeout: Seconds.
+
+        Raises:
+            TimeoutError: If it has not ended then, or the process stops; the message says how it stands.
+            TaskStateError: If there is no such task, as before the commit of its hand-over.
+            ConfigurationError: On an event loop, and in a task whose place the other one may need.
+        """
+        if self.outbox.replaced_by is not None:
+            self.outbox.replaced_by.run()
+            return waiting_for.ended_record(self._call(waiting_for.reading(id)), id)
+        return waiting_for.wait_for(self.following, id, timeout, is_sqlite=self._pools.is_sqlite)
+
+    async def async_wait_for(self, id: UUID, timeout: float = 30.0) -> TaskRecord:  # noqa: ASYNC109  # as its twin
+        """Wait until a task has ended, and return its record."""
+        if self.outbox.replaced_by is not None:
+            await self.outbox.replaced_by.async_run()
+            return waiting_for.ended_record(await self.async_call_anyhow(waiting_for.reading(id)), id)
+        return await waiting_for.async_wait_for(self.following, id, timeout, is_sqlite=self._pools.is_sqlite)
 
     def pause(self, pool: str) -> None:
         """Have nobody start tasks of *pool*, in any process, until ``resume``; those that run go on.

@@ -234,6 +234,7 @@ class Run:
             restored=None if checkpoint is None else json.loads(checkpoint),
             on_progress=self._progressed,
             tick=tick_of(self.context),
+            pool=self.pool,
         )
 
     def _progressed(self) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sqlalchemy import Connection, MetaData
 
     from aftercommit.pools.budget import Share
+    from aftercommit.runner.following import Following
     from aftercommit.runner.outbox import Outbox
     from aftercommit.runner.rounds import Pace
     from aftercommit.runner.runner import Runner
@@ -36,6 +37,7 @@ class _Home(Protocol):
 
     outbox: Outbox
     sessions: SessionFactory
+    following: Following
 
     def new_runner(self, pools: Sequence[str]) -> Runner:
         """Make one."""
@@ -126,6 +128,8 @@ class Running:
 
     async def __aexit__(self, *_: object) -> None:
         """Stop in order."""
+        # First: what waits or streams must not keep the process for as long as it would like to.
+        await asyncio.to_thread(self._home.following.stop)
         herald, self._herald = self._herald, None
         if herald is not None:
             self._home.outbox.herald = None

@@ -25,6 +25,7 @@ class CurrentRun:
         id: The record's id; the idempotency key for everything outside this database.
         name: The task's name.
         attempt: 1 for the first.
+        pool: The pool it runs in.
         restored: The value that an earlier run of this task saved with ``checkpoint``; None if there is none.
         tick: The tick of the schedule that asked for this run; None if the task was handed over by hand.
     """
@@ -39,6 +40,7 @@ class CurrentRun:
         "behind",
         "id",
         "name",
+        "pool",
         "restored",
         "saw_cancelled",
         "saw_conflict",
@@ -56,7 +58,9 @@ class CurrentRun:
         restored: Any,
         on_progress: Callable[[], None] | None,
         tick: Tick | None = None,
+        pool: str = "",
     ) -> None:
+        self.pool = pool
         self.tick = tick
         self.id = id
         self.name = name
