@@ -41,6 +41,7 @@ from starlette.responses import JSONResponse, Response
 
 from aftercommit.errors import ConfigurationError, HandOverError, PoolExhausted
 from aftercommit.events import EventHandle
+from aftercommit.fastapi_status import TaskStatus, status_router
 from aftercommit.plain import one_line
 from aftercommit.pools.pools import REQUEST
 from aftercommit.sessions import AsyncScope, Owner, Scope, line_of, serving, shielded
@@ -60,6 +61,7 @@ __all__ = [
     "AfterCommitDep",
     "AsyncSessionDep",
     "SessionDep",
+    "TaskStatus",
     "after_commit_of",
     "async_session_of",
     "get_after_commit",
@@ -67,6 +69,7 @@ __all__ = [
     "get_session",
     "install",
     "session_of",
+    "status_router",
 ]
 
 logger = logging.getLogger(__name__)

@@ -61,7 +61,7 @@ INTERNAL = {
 # What db.stats() is made of.
 STATS = (Stats, PoolStats, Holder, TaskStats, Timing, ClusterStats, ClusterTask)
 # What a block may be written in. Python's own is "python", so that it runs.
-LANGUAGES = {"python", "shell", "console", "text", "sql", "toml", "yaml"}
+LANGUAGES = {"javascript", "python", "shell", "console", "text", "sql", "toml", "yaml"}
 
 READ = [Page.read(path) for path in PAGES]
 PUBLIC = [page for page in READ if page.path.name != "CONTRIBUTING.md"]

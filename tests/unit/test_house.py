@@ -25,13 +25,13 @@ FLOORS = (
     ("runner",),
     ("batches", "events", "schedules", "stats"),
     ("database",),
-    ("fastapi", "backends", "monitoring", "testing", "cli"),
+    ("fastapi", "fastapi_status", "backends", "monitoring", "testing", "cli"),
     ("aftercommit", "__main__"),  # the doors: what most users import, and the command
 )
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 # fastapi.py, and pages meant to be mounted.
-MAY_IMPORT_FASTAPI = {"fastapi.py", "monitoring/prometheus.py"}
+MAY_IMPORT_FASTAPI = {"fastapi.py", "fastapi_status.py", "monitoring/prometheus.py"}
 
 OPTIONAL = {
     *("aiosqlite", "anyio", "asyncpg", "fastapi", "opentelemetry", "prometheus_client", "psycopg"),

@@ -14,8 +14,10 @@ PUBLIC = {
         "Timing", "current_run", "errors", "signals",
     },
     "aftercommit.fastapi": {
-        "AfterCommit", "AfterCommitDep", "AsyncSessionDep", "SessionDep", "after_commit_of", "async_session_of",
+        "AfterCommit", "AfterCommitDep", "AsyncSessionDep", "SessionDep", "TaskStatus", "after_commit_of",
+        "async_session_of",
         "get_after_commit", "get_async_session", "get_session", "install", "session_of",
+        "status_router",
     },
     "aftercommit.monitoring.logging": {"TaskContextFilter", "carry", "log_signals"},
     "aftercommit.monitoring.opentelemetry": {"instrument", "uninstrument"},
