@@ -51,6 +51,7 @@ from aftercommit.runner.following import Following
 from aftercommit.runner.patience import in_the_end
 from aftercommit.runner.run import note_fault, stop_at_statement
 from aftercommit.runner.running import Running
+from aftercommit.runner.surroundings import Surroundings
 from aftercommit.schedules.registry import Declared, Registry
 from aftercommit.schedules.scheduler import Scheduler
 from aftercommit.schedules.when import Cron, Every, When
@@ -84,6 +85,7 @@ S = TypeVar("S", bound=Session)
 A = TypeVar("A", bound=AsyncSession)
 T = TypeVar("T")
 E = TypeVar("E")
+F = TypeVar("F", bound=Callable[..., Any])
 
 AnySession = "Session | AsyncSession | scoped_session[Any]"
 DEFAULT: Final = "default"
@@ -151,6 +153,7 @@ class Database:
         self.max_argument_bytes = max_argument_bytes
         self._tasks: dict[str, Task[Any, Any]] = {}
         self._handlers = Handlers()
+        self.surroundings = Surroundings()
         self._unhandled = UnhandledSink(self.outbox.lost)
         self.schedules = Registry()
         self._lock = threading.Lock()
@@ -583,6 +586,18 @@ class Database:
         Read from memory, without a connection and without waiting.
         """
         return snapshot(self._pools, set(self._tasks.values()), self.outbox.runner)
+
+    def around(self, function: F, /) -> F:
+        """Have every run take place where the generator function *function* yields: a tenant, a role, a flag.
+
+        ``def tenant(run, session): …; yield`` for ``def`` tasks, ``async def`` for ``async def`` tasks; called with
+        ``current_run()`` and the run's session, in its transaction, before rows are loaded; what it raises fails the
+        run. Several nest in the order of their declaration. ``on_failure`` and handlers of events are inside, too.
+
+        Raises:
+            TaskDefinitionError: If it is no generator function of two arguments.
+        """
+        return self.surroundings.add(function)
 
     # --- events -------------------------------------------------------------------------------------------------
 

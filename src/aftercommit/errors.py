@@ -266,7 +266,7 @@ class RunError(AfterCommitError):
 
 
 class RowGone(RunError):
-    """A row that was handed over by reference no longer exists.
+    """A row that was handed over by reference is gone, or not visible to the task's session.
 
     Attributes:
         row: The row, as ``"Order(7,)"``.

@@ -26,6 +26,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from aftercommit.commits import fence_commits
 from aftercommit.errors import LostClaim
 from aftercommit.records import moves
+from aftercommit.runner.surroundings import surrounded_end
 from aftercommit.tasks.context import logged
 from aftercommit.tasks.current import as_current
 from aftercommit.tasks.retry import Again, GiveUp, Retry, Tries, decide
@@ -156,15 +157,16 @@ class OnFailure:
             # First, so that it is not called for a claim that was lost.
             if not mark.set(session.connection()):
                 return Recorded.NOT_OURS
-        args, kwargs = run.task.arguments.load(session, run.arguments, run_id=run.id)
-        self._was_called = True
-        returned = opened.call(on_failure, self._failure, *args, **kwargs)
-        if inspect.iscoroutine(returned):
-            returned.close()
-            raise TypeError(
-                "on_failure returned a coroutine, which was not awaited: it is a `def` around an `async def`. Declare "
-                "it with `async def`."
-            )
+        with surrounded_end(run, opened):
+            args, kwargs = run.task.arguments.load(session, run.arguments, run_id=run.id)
+            self._was_called = True
+            returned = opened.call(on_failure, self._failure, *args, **kwargs)
+            if inspect.iscoroutine(returned):
+                returned.close()
+                raise TypeError(
+                    "on_failure returned a coroutine, which was not awaited: it is a `def` around an `async def`. "
+                    "Declare it with `async def`."
+                )
         if run.claim is not None:
             # Behind a rollback there may be no transaction, and the failure must be recorded all the same.
             session.connection()

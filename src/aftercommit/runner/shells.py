@@ -17,6 +17,7 @@ from aftercommit.runner.on_failure import note_leaving
 from aftercommit.runner.outcome import Bookkeeping, GiveBack, Outcome, RunContext, decide_outcome, worn_out
 from aftercommit.runner.recording import async_end, async_still_ours, end, note_repeat, still_ours, succeeded
 from aftercommit.runner.run import Run
+from aftercommit.runner.surroundings import async_surrounded, surrounded
 from aftercommit.sessions import to_the_end
 from aftercommit.tasks.context import logged
 from aftercommit.tasks.current import as_current
@@ -88,9 +89,10 @@ def try_sync(run: Run, context: RunContext) -> BaseException | None:
     try:
         run.prepare(session)
         with logged(run.current), as_current(run.current):
-            args, kwargs = run.task.arguments.load(session, run.arguments, run_id=run.id)
-            run.was_called = True
-            result = run.task.function(*_with_session(run, session, args), **kwargs)
+            with surrounded(run, session):
+                args, kwargs = run.task.arguments.load(session, run.arguments, run_id=run.id)
+                run.was_called = True
+                result = run.task.function(*_with_session(run, session, args), **kwargs)
             run.finish_with(result)
             _last_commit(session, run)
     except BaseException as exc:  # noqa: BLE001  # it is judged, recorded and told of; nothing is swallowed
@@ -215,13 +217,14 @@ async def try_async(run: Run, context: RunContext) -> BaseException | None:
 
 
 async def _async_call(run: Run, session: AsyncSession) -> Any:
-    plan = run.task.arguments
-    if plan.has_rows:
-        args, kwargs = await session.run_sync(plan.load, run.arguments, run_id=run.id)
-    else:
-        args, kwargs = plan.load(session.sync_session, run.arguments, run_id=run.id)
-    run.was_called = True
-    return await run.task.function(*_with_session(run, session, args), **kwargs)
+    async with async_surrounded(run, session):
+        plan = run.task.arguments
+        if plan.has_rows:
+            args, kwargs = await session.run_sync(plan.load, run.arguments, run_id=run.id)
+        else:
+            args, kwargs = plan.load(session.sync_session, run.arguments, run_id=run.id)
+        run.was_called = True
+        return await run.task.function(*_with_session(run, session, args), **kwargs)
 
 
 def _last_commit_and_end(session: Session, run: Run, scope: AsyncScope) -> bool:

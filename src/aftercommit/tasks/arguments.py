@@ -159,7 +159,7 @@ class ArgumentPlan:
             run_id: The run, for errors.
 
         Raises:
-            RowGone: If a row no longer exists.
+            RowGone: If a row is gone, or not visible to the session.
             PayloadError: If *text* does not fit the task (any more). No value of it is in the message.
         """
         made = self._made or self._prepared()

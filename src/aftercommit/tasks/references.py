@@ -197,8 +197,9 @@ class RowType:
         text = f"{name}({', '.join(map(str, key))}{',' if len(key) == 1 else ''})"
         if row is None:
             raise RowGone(
-                f"task {loading.task!r}: {text} no longer exists: it was deleted after the task was asked for. "
-                "The task is not tried again.",
+                f"task {loading.task!r}: {text} is gone, or not visible to the task's session: it was deleted "
+                "after the task was asked for, or a policy, a schema or a filter hides it (@db.around sets what a "
+                "tenant needs). The task is not tried again.",
                 task=loading.task,
                 row=text,
                 run_id=loading.run_id,
