@@ -61,6 +61,7 @@ from aftercommit.tasks import Retry, Task, TaskSettings, current_run
 from aftercommit.tasks import context as carried
 from aftercommit.tasks.definition import define, task_name
 from aftercommit.tasks.options import check_by
+from aftercommit.tasks.schemas import refuse_translated
 from aftercommit.tasks.transient import Fault, describe, fault_of
 from aftercommit.wording import without_values
 
@@ -448,6 +449,7 @@ class Database:
             self._check_memory(task)
         elif self.outbox.runner is None:
             self._note_no_runner(task)
+        refuse_translated(task, bind, self._options.values())
         handed = task.arguments.hand_over(plain, args, kwargs, max_bytes=self.max_argument_bytes)
         handle = TaskHandle(uuid7())
         run = current_run()

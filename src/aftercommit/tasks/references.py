@@ -135,6 +135,12 @@ class RowType:
                 f"task {task!r}: `{path()}`, a `{self.cls.__name__}`, {why}. The task could not load it. Keep it in "
                 "the session until the commit, or hand the task over in the savepoint that writes the row."
             )
+        if state.identity_token is not None:
+            raise HandOverError(
+                f"task {task!r}: `{path()}`, a `{self.cls.__name__}`, has the identity token "
+                f"{state.identity_token!r} (a shard), which a reference does not carry: the task would look for the "
+                f"row elsewhere. Pass `{key_hint(self.cls)}` and the shard as plain data, and load the row in the task."
+            )
         if state.was_deleted:
             raise HandOverError(
                 f"task {task!r}: `{path()}`, a `{self.cls.__name__}`, was deleted after the hand-over, so that the "
