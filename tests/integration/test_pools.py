@@ -966,9 +966,14 @@ def test_psycopg_says_nothing_of_pipelines_that_end_in_an_error(
         asyncio.run(run()) if native else run_plain()
 
     assert [each.getMessage() for each in caplog.records if each.name == "psycopg"] == []
-    # Anybody else's line is there as before.
-    with create_engine(database.sync_url, poolclass=NullPool).connect() as connection, pytest.raises(IntegrityError):
-        fail(connection)
-    said = [each.getMessage() for each in caplog.records if each.name == "psycopg"]
+    # The line of another engine is there as before, where the server's answer comes in the middle of the pipeline.
+    said: list[str] = []
+    other = create_engine(database.sync_url, poolclass=NullPool)
+    for _ in range(100):
+        with other.connect() as connection, pytest.raises(IntegrityError):
+            fail(connection)
+        said = [each.getMessage() for each in caplog.records if each.name == "psycopg"]
+        if said:
+            break
     assert said
     assert all(each.startswith("error ignored terminating") for each in said)
