@@ -156,6 +156,25 @@ def test_who_waits_for_others_waits(db: Database):
 
 
 @pytest.mark.drivers("pysqlite")
+def test_many_threads_that_write_are_served_one_after_the_other(db: Database):
+    """A turn that is handed on is no deadlock, in whichever moment another thread looks."""
+
+    def write() -> None:
+        for _ in range(60):
+            with db.session() as session:
+                session.execute(INSERT)
+
+    threads = [threading.Thread(target=write) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    with db.session() as session:
+        assert session.scalar(text("SELECT count(*) FROM entry")) == 480
+
+
+@pytest.mark.drivers("pysqlite")
 def test_a_ring_of_a_pool_and_the_lock_is_broken(database: DatabaseUnderTest):
     """One has the lock and waits for a connection; who has the connection asks for the lock: it is refused."""
     db = Database(database.url, pool=PoolSettings(pool_size=2, max_overflow=0))

@@ -62,7 +62,12 @@ class Turns:
         """Give it to the thread that has waited longest."""
         with self._lock:
             if self._waiting:
-                following, self.holder = self._waiting.popleft()
+                following, who = self._waiting.popleft()
+                if who is not None and who.context is not None:
+                    # It waits no longer, though its thread has not heard of it: a holder that still seemed to wait for
+                    # what it has would look like a deadlock.
+                    stop_waiting(who.context)
+                self.holder = who
                 following.release()
             else:
                 self._is_held, self.holder = False, None
