@@ -19,7 +19,7 @@ from aftercommit.pools.backends import Backends
 from aftercommit.pools.options import check_options, engine_options, engine_url
 from aftercommit.pools.settings import PoolSettings
 from aftercommit.pools.urls import Flavour, Flavours, flavours, is_sqlite, render
-from aftercommit.watch import private_names
+from aftercommit.watch import loops, private_names
 from aftercommit.watch.notes import notes_of, renew_notes
 from aftercommit.watch.register import Register
 
@@ -89,6 +89,7 @@ class Pool:
                     url = engine_url(self._owner.flavours.url("async"))
                     engine = sqlalchemy.ext.asyncio.create_async_engine(url, **self._options("async"))
                     self._owner.set_up(engine.sync_engine, self.settings)
+                    loops.note_loops(engine.sync_engine)
                     self.register.attach(engine.sync_engine)
                     self._async_engine = engine
         return self._async_engine

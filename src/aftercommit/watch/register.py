@@ -22,6 +22,7 @@ from aftercommit.watch.deadlocks import (
     waiting_among,
 )
 from aftercommit.watch.holders import HELD, HeldConnection, shortened
+from aftercommit.watch.loops import FirstLoop, LoopQueue
 from aftercommit.watch.notes import NOTES, link_notes
 from aftercommit.watch.timing import Meter
 
@@ -285,6 +286,34 @@ class WatchedPool(_Watched):
 
 
 class AsyncWatchedPool(_Watched, AsyncAdaptedQueuePool):
-    """For async sessions."""
+    """For async sessions, of any number of event loops."""
 
     _sqla_logger_namespace = "sqlalchemy.pool.impl.AsyncAdaptedQueuePool"
+    _queue_class = LoopQueue  # type: ignore[assignment]  # pyright: ignore[reportAssignmentType]  # by its methods
+
+    def __init__(self, creator: Any, pool_size: int = 5, max_overflow: int = 10, **options: Any) -> None:
+        super().__init__(creator, pool_size=pool_size, max_overflow=max_overflow, **options)
+        self._first = FirstLoop()
+
+    def connect(self) -> PoolProxiedConnection:
+        """Give a connection, as soon as there is one.
+
+        Raises:
+            PoolExhausted: If none came back in time, or none ever could.
+        """
+        if self._first.is_over:
+            return super().connect()
+        self._first.enter()
+        connected = False
+        try:
+            made = super().connect()
+            connected = True
+            return made
+        finally:
+            self._first.leave(connected=connected)
+
+    def dispose(self) -> None:
+        """Close what is idle: each connection in its own loop."""
+        queue: Any = self._pool
+        queue.give_up_strangers()
+        super().dispose()
