@@ -13,7 +13,7 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 from uuid import UUID
 
-from sqlalchemy import and_, delete, func, literal, or_, select, update
+from sqlalchemy import and_, delete, func, literal, or_, select, tuple_, update
 
 from aftercommit.records import writing
 from aftercommit.records.statement import Statement
@@ -55,6 +55,7 @@ __all__ = [
     "trigger",
 ]
 
+_PAGE: Final = 1000
 _table: Final = ScheduleRecord.__table__
 _columns: Final = _table.c
 _NOW = Statement(
@@ -204,13 +205,28 @@ def next_due(declared: Collection[str], tasks: Collection[str], *, after: dateti
     )
 
 
-def ahead(connection: Connection, *, declared: Collection[str], tasks: Collection[str]) -> Sequence[Row[Any]]:
-    """The schedules whose next tick may have to be put right: those that are not due, the furthest first."""
+def ahead(
+    connection: Connection,
+    *,
+    declared: Collection[str],
+    tasks: Collection[str],
+    before: tuple[datetime, str] | None = None,
+) -> Sequence[Row[Any]]:
+    """The schedules whose next tick may have to be put right: those that are not due, up to 1000, the furthest first.
+
+    Args:
+        connection: In a transaction.
+        declared: Schedules that this process may fire.
+        tasks: As *declared*.
+        before: The last that was looked at, as its next tick and its name.
+    """
+    place = tuple_(_columns.next_at, _columns.name)
+    looked_at = [] if before is None else [place < tuple_(literal(before[0], _columns.next_at.type), before[1])]
     return connection.execute(
         select(_table)
-        .where(_columns.next_at > now(connection), _alive(), _known(declared, tasks))
-        .order_by(_columns.next_at.desc())
-        .limit(1000)
+        .where(_columns.next_at > now(connection), _alive(), _known(declared, tasks), *looked_at)
+        .order_by(_columns.next_at.desc(), _columns.name.desc())
+        .limit(_PAGE)
     ).all()
 
 

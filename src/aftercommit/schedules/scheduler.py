@@ -124,10 +124,13 @@ class Scheduler:
             self._correct()
         moment, rows, following = self._executor.execute(self._find)
         waiting = [row for row in rows if not self._fire(row, moment)]
+        seen = {(row.name, row.next_at) for row in rows}
         if rows:
             # A hundred at a time, and what was fired may be due again.
             moment, rows, following = self._executor.execute(self._find)
-        if waiting:
+        if any((row.name, row.next_at) not in seen for row in rows):
+            self._next_look = time.monotonic()
+        elif waiting or rows:
             self._next_look = time.monotonic() + _WAITS
         elif following is None:
             self._next_look = math.inf
@@ -163,19 +166,35 @@ class Scheduler:
         """Put right what the zones' rules, or a clock, have changed; forget what nobody declares any more."""
         from aftercommit.records import schedules
 
-        declared, tasks, keep = self._registry.declared.keys(), self._tasks.keys(), self._keep
+        declared, keep = self._registry.declared.keys(), self._keep
 
         def work(connection: Connection) -> list[str]:
             moment = schedules.now(connection)
             schedules.declare(connection, declared, moment=moment)
-            for row in schedules.ahead(connection, declared=declared, tasks=tasks):
-                _correct_one(connection, row, moment)
             if keep is None:
                 return []
             return schedules.forget(connection, declared=declared, before=moment - timedelta(seconds=keep))
 
         for name in self._executor.execute(work):
             signals.emit(signals.ScheduleChanged(schedule=name, what="forgotten: no code declares it", by=None))
+        self._correct_all()
+
+    def _correct_all(self) -> None:
+        """Look at all that are not due, in short transactions."""
+        from aftercommit.records import schedules
+
+        declared, tasks = self._registry.declared.keys(), self._tasks.keys()
+        before: tuple[datetime, str] | None = None
+
+        def work(connection: Connection) -> tuple[datetime, str] | None:
+            moment = schedules.now(connection)
+            rows = schedules.ahead(connection, declared=declared, tasks=tasks, before=before)
+            for row in rows:
+                _correct_one(connection, row, moment)
+            return (rows[-1].next_at, rows[-1].name) if rows else None
+
+        while (before := self._executor.execute(work)) is not None:
+            pass
 
     # --- firing -------------------------------------------------------------------------------------------------
 
