@@ -147,8 +147,11 @@ def _refuse(turns: Turns, context: ExecutionContext, file: str) -> None:
     if not deadlocks(context):
         return
     holder = turns.holder
-    described = "a connection that has been given back" if holder is None else holder.describe(time.monotonic())
-    is_alone = holder is not None and holder.context is context
+    if holder is None or holder.locked_since() is None:
+        # Its transaction has ended, though the turn has not come back: then SQLite itself gives the lock.
+        return
+    described = holder.describe(time.monotonic())
+    is_alone = holder.context is context
     line = user_line(1)
     place = "one place" if line is None else str(line)
     relation = (
