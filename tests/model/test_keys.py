@@ -22,7 +22,7 @@ def test_no_hand_over_is_lost_on_postgresql(postgres_engine: Engine):
 def test_the_model_catches_what_is_broken_on_sqlite(sqlite_engine: Engine, broken: str):
     """Each way of taking a key up too eagerly loses a hand-over."""
     with pytest.raises(AssertionError, match="a hand-over was lost"):
-        check(KeysMachine, engine=sqlite_engine, examples=400, change=BROKEN[broken])
+        check(KeysMachine, engine=sqlite_engine, examples=2_000, change=BROKEN[broken])
 
 
 @pytest.mark.parametrize("broken", BROKEN)
@@ -30,4 +30,4 @@ def test_the_model_catches_what_is_broken_on_postgresql(postgres_engine: Engine,
     """Each way loses a hand-over, or waits."""
     wanted = "waited" if "waits" in broken else "a hand-over was lost"
     with pytest.raises(AssertionError, match=wanted):
-        check(KeysMachine, engine=postgres_engine, examples=400, change=BROKEN[broken])
+        check(KeysMachine, engine=postgres_engine, examples=2_000, change=BROKEN[broken])

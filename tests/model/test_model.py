@@ -34,10 +34,10 @@ def test_exactly_once_on_postgresql(postgres_engine: Engine):
 def test_the_model_catches_what_is_broken(sqlite_engine: Engine, variant: Variant):
     """Each way of doing it almost right is found out."""
     with pytest.raises(AssertionError, match=r"twice|disagree|left|never asked for"):
-        check(Machine, engine=sqlite_engine, variant=variant, examples=400)
+        check(Machine, engine=sqlite_engine, variant=variant, examples=2_000)
 
 
 def test_the_model_catches_a_fence_that_only_looks(postgres_engine: Engine):
     """At REPEATABLE READ a plain read goes on seeing the claim that was lost."""
     with pytest.raises(AssertionError, match=r"twice|disagree"):
-        check(Machine, engine=postgres_engine, variant=variants.FenceByPlainRead(), examples=400)
+        check(Machine, engine=postgres_engine, variant=variants.FenceByPlainRead(), examples=2_000)

@@ -59,11 +59,11 @@ def test_effects_are_what_the_record_says_on_postgresql(postgres_db: dict[str, A
 def test_the_model_catches_what_is_broken_on_sqlite(sqlite_db: dict[str, Any], broken: str):
     """Each way of fencing almost right is found out."""
     with pytest.raises(AssertionError, match=r"disagree|does not say so|without end|goes on"):
-        run(sqlite_db, examples=400, change=BROKEN_ON_SQLITE[broken])
+        run(sqlite_db, examples=2_000, change=BROKEN_ON_SQLITE[broken])
 
 
 @pytest.mark.parametrize("broken", BROKEN)
 def test_the_model_catches_what_is_broken_on_postgresql(postgres_db: dict[str, Any], broken: str):
     """The same."""
     with pytest.raises(AssertionError, match=r"disagree|does not say so|without end"):
-        run(postgres_db, examples=400, change=BROKEN[broken])
+        run(postgres_db, examples=2_000, change=BROKEN[broken])
