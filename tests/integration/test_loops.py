@@ -275,3 +275,32 @@ def test_records_are_handed_over_from_any_loop(make: Make):
             return list(await session.scalars(select(TaskRecord.state)))
 
     assert set(asyncio.run(states())) == {"succeeded"}
+
+
+@pytest.mark.drivers("aiosqlite")
+def test_a_place_that_comes_back_in_the_middle_of_a_wait_is_taken(make: Make):
+    """The garbage collector gives a dropped connection back on any thread, also on the one that begins to wait."""
+    db = make(pool=PoolSettings(pool_size=1, max_overflow=0, pool_timeout=0.5))
+    queue: Any = db.async_engine().pool._pool  # type: ignore[attr-defined]
+
+    async def main() -> None:
+        await add(db)
+        idle = queue.get_nowait()
+        find = queue._find
+
+        def found(*args: Any, **options: Any) -> Any:
+            nothing = find(*args, **options)
+            if not queue._waiting and not queue._idle:
+                queue.put_nowait(idle)
+            return nothing
+
+        queue._find = found
+        await add(db)
+        del queue._find
+        assert await count(db) == 2
+
+    thread = threading.Thread(target=lambda: done.append(asyncio.run(main())), daemon=True)
+    done: list[None] = []
+    thread.start()
+    thread.join(TIMEOUT)
+    assert done == [None], "it hangs, or the place was overlooked"

@@ -76,7 +76,8 @@ class LoopQueue:
     def __init__(self, maxsize: int = 0, use_lifo: bool = False) -> None:  # noqa: FBT001, FBT002  # SQLAlchemy's
         self.maxsize = maxsize
         self.use_lifo = use_lifo
-        self._lock = threading.Lock()
+        # The garbage collector gives back what was dropped, on any thread, between any two lines: also under this lock.
+        self._lock = threading.RLock()
         self._idle: list[ConnectionPoolEntry] = []
         self._waiting: deque[_Waiter] = deque()
 
@@ -150,6 +151,11 @@ class LoopQueue:
             if entry is None and block and loop is not None:
                 waiter = _Waiter(loop)
                 self._waiting.append(waiter)
+                # One that came back since, on this very thread, found no one waiting.
+                if self._idle and waiter.entry is None:
+                    self._waiting.remove(waiter)
+                    waiter = None
+                    entry, is_stranger = self._find(loop, whole=True)
         if waiter is not None:
             entry = await_only(self._wait(waiter, timeout))
             is_stranger = loop_of(entry) is not loop
