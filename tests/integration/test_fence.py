@@ -545,3 +545,29 @@ def test_a_session_of_the_same_class_is_one_like_any_other(shop: Workshop):
         shop.drain()
 
     assert (shop.record(id).state, shop.effects()) == ("succeeded", ["mine"])
+
+
+@pytest.mark.drivers("psycopg", "pysqlite")
+def test_a_task_in_memory_does_not_start_by_a_commit_that_was_refused(shop: Workshop):
+    """The commit past the session is refused by its run's fence, and what waited for it is dropped."""
+    ran: list[str] = []
+
+    def child(session: Session, label: str) -> None:
+        ran.append(label)
+
+    def work(session: Session, label: str) -> None:
+        session.add(Effect(label=label))
+        session.flush()
+        shop.db.after_commit(session, memory, label)
+        with pytest.raises(CommitWithoutCheckpoint):
+            session.connection().commit()
+        raise ValueError("the end")
+
+    memory = shop.task(durable=False)(child)
+    task = shop.task(retry=Retry(attempts=1))(work)
+    with shop.running():
+        id = shop.ask(task, "x")
+        shop.drain()
+
+    assert shop.record(id).state == "failed"
+    assert (ran, shop.effects()) == ([], [])

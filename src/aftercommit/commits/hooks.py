@@ -312,9 +312,10 @@ def _on_commit(connection: Connection) -> None:
     hook = find_connection_hook(connection)
     if hook is None:
         return
+    past: list[Pending] = []
     try:
         if not hook.is_simulated:
-            _write(hook, connection)
+            _write(hook, connection, past)
         for fence in tuple(hook.fences):
             fence.committing(connection)
         for session in tuple(hook.sessions):
@@ -322,7 +323,9 @@ def _on_commit(connection: Connection) -> None:
                 _commit_others_first(session, connection)
     except BaseException:
         _abort(connection)
+        by_listener(past, lambda listener, entries: listener.dropped(entries))
         raise
+    by_listener(past, lambda listener, entries: listener.outcome_unknown(entries, connection))
 
 
 def _abort(connection: Connection) -> None:
@@ -337,10 +340,11 @@ def _abort(connection: Connection) -> None:
         dialect.do_rollback(connection.connection)
 
 
-def _write(hook: ConnectionHook, connection: Connection) -> None:
+def _write(hook: ConnectionHook, connection: Connection, past: list[Pending]) -> None:
+    """Write what waits; put into *past* what is committed past its session, which will not be told."""
     hook.state, joined = to.write_joined(hook.state)
     own: list[Pending] = []
-    past = list(joined)
+    past.extend(joined)
     for session in hook.sessions:
         owns_commit = session.owns_commit
         if not owns_commit and connection not in session.connections:
@@ -354,7 +358,6 @@ def _write(hook: ConnectionHook, connection: Connection) -> None:
         by_listener(own, lambda listener, entries: listener.write(connection, entries, owns_commit=True))
     if past:
         by_listener(past, lambda listener, entries: listener.write(connection, entries, owns_commit=False))
-        by_listener(past, lambda listener, entries: listener.outcome_unknown(entries, connection))
 
 
 def _commit_others_first(hook: SessionHook, connection: Connection) -> None:
