@@ -109,6 +109,12 @@ def test_a_browser_that_comes_again_behind_the_end_is_sent_away(server: Server) 
     assert [kind for kind, _ in events(server, id)] == ["end"]
 
 
+def looks_of(server: Server) -> int:
+    """How often the server has asked its database how tasks stand."""
+    found: int = httpx.get(f"{server.url}/looks", timeout=60.0).json()
+    return found
+
+
 @pytest.mark.drivers("asyncpg", "aiosqlite")
 def test_two_hundred_pages_cost_one_query_a_second(server: Server) -> None:
     """Whatever they watch."""
@@ -125,13 +131,15 @@ def test_two_hundred_pages_cost_one_query_a_second(server: Server) -> None:
     with ThreadPoolExecutor(200) as pages:
         watching = [pages.submit(watch) for _ in range(200)]
         opened.wait(60.0)
-        before, since = httpx.get(f"{server.url}/looks").json(), time.monotonic()
-        time.sleep(4.0)
-        rate = (httpx.get(f"{server.url}/looks").json() - before) / (time.monotonic() - since)
+        before, since = looks_of(server), time.monotonic()
+        while (looks := looks_of(server) - before) < 4:
+            assert time.monotonic() - since < 60.0
+        rate = looks / (time.monotonic() - since)
         httpx.post(f"{server.url}/tasks/{id}/cancel")
         ends = {each.result(30.0) for each in watching}
 
-    assert 0.2 < rate <= 1.3
+    # The first of the four may have come at once.
+    assert rate <= 1.4
     assert ends == {"event: end"}
 
 
