@@ -29,6 +29,7 @@ from aftercommit.records import moves, schema
 from aftercommit.records.ids import uuid7
 from aftercommit.runner import TaskHandle, Wanted
 from aftercommit.runner.around import around
+from aftercommit.runner.following import Following
 from aftercommit.runner.outcome import ClaimGone, Discarded, Outcome, Postponed, decide_outcome
 from aftercommit.runner.recording import async_end, end
 from aftercommit.runner.run import Run
@@ -369,7 +370,7 @@ class replace:  # noqa: N801  # reads as a verb: `with replace(db, url=…) as t
         if db.outbox.started is not None:
             raise ConfigurationError("This Database is replaced already; one replace(…) at a time.")
         tasks = Tasks(db)
-        self._sessions = db.sessions
+        self._sessions, self._following = db.sessions, db.following
         if self._connection is not None:
             db.sessions = db.sessions.joined_to(self._connection)
         else:
@@ -380,6 +381,7 @@ class replace:  # noqa: N801  # reads as a verb: `with replace(db, url=…) as t
                 async_engine_options={"poolclass": NullPool},
             )
             db.sessions = db.sessions.on(pools)
+            db.following = Following(pools)
         db.outbox.started = tasks.took
         db.outbox.replaced_by = tasks
         db.outbox.lost_tasks.clear()
@@ -401,7 +403,7 @@ class replace:  # noqa: N801  # reads as a verb: `with replace(db, url=…) as t
 
     def _put_back(self) -> None:
         db = self._db
-        db.sessions = self._sessions
+        db.sessions, db.following = self._sessions, self._following
         db.outbox.started = None
         db.outbox.replaced_by = None
         db.forget_binds()

@@ -1,6 +1,7 @@
 """``aftercommit.testing.replace``: nothing of a test reaches the real database, and tasks run when the test says so."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from aftercommit.errors import (
     RowGone,
     TasksNotCommitted,
 )
+from aftercommit.runner.following import Followed
 from aftercommit.testing import Tasks, replace
 from tests.acceptance.apps.orders import Base, Effect, Order, Shop, make
 from tests.acceptance.apps.traffic import new_test_client
@@ -613,3 +615,30 @@ def test_as_a_user_writes_it(users_shop: Shop, users_client: Any, users_tasks: T
     with users_shop.db.session() as session:
         assert session.scalars(select(Order.state)).all() == ["shipped"]
     assert users_shop.skus() == []
+
+
+def test_a_stream_follows_tasks_in_the_database_of_the_test(tmp_path: Any):
+    """What looks for tasks that pages watch does not look into the real one."""
+    db = Database(f"sqlite:///{tmp_path / 'real.db'}")
+    db.create_tables()
+    seen: list[Any] = []
+    looked = threading.Event()
+
+    def told(state: Any) -> None:
+        seen.append(state)
+        looked.set()
+
+    @db.task
+    def nothing(session: Session) -> None:
+        pass
+
+    with replace(db, url=f"sqlite:///{tmp_path / 'test.db'}") as tasks:
+        with db.session() as session:
+            asked = db.after_commit(session, nothing)
+        tasks.run()
+        db.following.add(Followed(asked.id, told, lambda: None, is_urgent=True))
+        assert looked.wait(30.0)
+    db.dispose()
+
+    assert seen[0] is not None
+    assert seen[0].state == "succeeded"
