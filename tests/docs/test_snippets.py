@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from aftercommit.tasks import context
 from tests.docs import pages
 
 # Starlette's test client would rather have httpx2; which of the two is installed does not matter here.
@@ -23,6 +24,8 @@ def test_page_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("DATABASE_URL", url)
     monkeypatch.delenv("AFTERCOMMIT_RUNS", raising=False)
     monkeypatch.chdir(tmp_path)
+    # What a page has follow its tasks is known to the whole process.
+    monkeypatch.setattr(context, "_variables", {})
 
     pages.run(page)
 
