@@ -8,6 +8,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from sqlalchemy.exc import OperationalError
@@ -46,11 +48,24 @@ def note(session: Session, label: str) -> None:
     time.sleep(0.01)
 
 
+@contextmanager
+def running() -> Iterator[None]:
+    """Run tasks. An old release that finds a busy SQLite file locked gives up at its start, and is started again."""
+    with ExitStack() as stack:
+        while True:
+            try:
+                stack.enter_context(db.running(create_tables=False))
+            except OperationalError:
+                continue
+            break
+        yield
+
+
 def main() -> None:
     """Do what the arguments say."""
     name, number = sys.argv[1], int(sys.argv[2])
     print("CODE", Path(aftercommit.__file__).parent, flush=True)  # noqa: T201  # the parent reads it
-    with db.running(create_tables=False):
+    with running():
         print("RUNNING", flush=True)  # noqa: T201
         for each in range(number):
             label = f"{name} {each}"
